@@ -1,0 +1,62 @@
+// The Python module jax_mxfp4._native: what was built, the FFI handlers, and the kernel choice for tests
+// and benchmarks. It imports and answers on a machine without a GPU or driver.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include "ffi.h"
+#include "gemm_config.h"
+#include "xla/ffi/api/c_api.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+nb::dict registrations() {
+  nb::dict targets;
+#ifdef JAX_MXFP4_HAS_CUDA
+  for (const jax_mxfp4::NamedHandler& handler : jax_mxfp4::cuda_handlers())
+    targets[handler.target] = nb::capsule(handler.handler);
+#endif
+  return targets;
+}
+
+nb::dict select_gemm_config(int64_t m, int64_t n, int64_t k) {
+  const int index = jax_mxfp4::select_gemm_config({m, n, k});
+  const jax_mxfp4::GemmConfig& config = jax_mxfp4::kGemmConfigs[index];
+  nb::dict result;
+  result["index"] = index;
+  result["tile_m"] = config.tile_m;
+  result["tile_n"] = config.tile_n();
+  result["tile_k"] = config.tile_k();
+  result["threads"] = config.threads();
+  result["stages"] = config.stages;
+  return result;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "Native part of jax_mxfp4: XLA FFI handlers and facts about the build.";
+  m.def("registrations", &registrations, "CUDA FFI handlers by target name; empty without CUDA.");
+  m.def(
+      "xla_ffi_api_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
+      "(major, minor) of the XLA FFI headers that the handlers were compiled against.");
+  m.def(
+      "has_cuda",
+      [] {
+#ifdef JAX_MXFP4_HAS_CUDA
+        return true;
+#else
+        return false;
+#endif
+      },
+      "Whether CUDA kernels were compiled in.");
+  m.def(
+      "cuda_version", [] { return JAX_MXFP4_CUDA_VERSION; },
+      "CUDA runtime version compiled in, as 1000 * major + 10 * minor; 0 without CUDA.");
+  m.def(
+      "cuda_architectures", [] { return std::string(JAX_MXFP4_CUDA_ARCHITECTURES); },
+      "CMAKE_CUDA_ARCHITECTURES of the build; empty without CUDA.");
+  m.def("select_gemm_config", &select_gemm_config, nb::arg("m"), nb::arg("n"), nb::arg("k"),
+        "The compiled configuration that serves y[m, n] = x[m, k] w[n, k]^T.");
+}
