@@ -1,5 +1,5 @@
-// The Python module jax_mxfp4._native: what was built, the FFI handlers, and the kernel choice for tests
-// and benchmarks. It imports and answers on a machine without a GPU or driver.
+// The Python module jax_mxfp4._native: what was built, the FFI handlers, and the kernel choice for
+// tests and benchmarks. It imports and answers on a machine without a GPU or driver.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 

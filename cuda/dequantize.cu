@@ -51,15 +51,16 @@ __global__ void __launch_bounds__(kThreads)
         result.v[j] = convert<Out>(e2m1_to_float(word >> (4 * j) & 15u, scale));
     } else {
 #pragma unroll
-      for (int j = 0; j < kWordElements; ++j) result.v[j] = convert<Out>(__int_as_float(0x7fc00000));
+      for (int j = 0; j < kWordElements; ++j)
+        result.v[j] = convert<Out>(__int_as_float(0x7fc00000));
     }
     out[i] = result;
   }
 }
 
 template <typename Out>
-cudaError_t launch(PackedWeights weights, const int32_t* ids, int64_t vocab, int64_t rows, int64_t k,
-                   void* out, cudaStream_t stream) {
+cudaError_t launch(PackedWeights weights, const int32_t* ids, int64_t vocab, int64_t rows,
+                   int64_t k, void* out, cudaStream_t stream) {
   const int64_t words = rows * (k / kWordElements);
   const int64_t blocks = std::min<int64_t>((words + kThreads - 1) / kThreads, 1 << 20);
   unpack_kernel<Out><<<unsigned(blocks), kThreads, 0, stream>>>(

@@ -1,7 +1,7 @@
 // XLA FFI handlers: validate, hand over to kernels.h, turn failures into ffi::Error. Nothing else.
 //
-// Operand contracts stand beside each handler; jax_mxfp4/ffi.py builds calls that meet them, so these
-// checks guard against other callers and against ourselves.
+// Operand contracts stand beside each handler; jax_mxfp4/ffi.py builds calls that meet them, so
+// these checks guard against other callers and against ourselves.
 #include "ffi.h"
 
 #include <cuda_runtime_api.h>
@@ -86,7 +86,8 @@ class Checker {
     if (!aligned16(buffer.untyped_data())) fail(name, "must be aligned to 16 bytes");
   }
   void at_most(const char* name, int64_t value, int64_t limit) {
-    if (value > limit) fail(name, "is " + std::to_string(value) + ", more than " + std::to_string(limit));
+    if (value > limit)
+      fail(name, "is " + std::to_string(value) + ", more than " + std::to_string(limit));
   }
   PackedWeights packed(const char* name, const AnyBuffer& blocks, const AnyBuffer& scales) {
     std::string prefix = name;
@@ -96,8 +97,9 @@ class Checker {
     bool match = b.size() == s.size() + 1 && s.size() >= 1 && b[b.size() - 1] == 16;
     for (size_t i = 0; match && i < s.size(); ++i) match = b[i] == s[i];
     if (!match)
-      fail((prefix + "blocks").c_str(), "must have the shape of scales plus a last dimension of 16, found " +
-                                            to_string(b) + " and scales " + to_string(s));
+      fail((prefix + "blocks").c_str(),
+           "must have the shape of scales plus a last dimension of 16, found " + to_string(b) +
+               " and scales " + to_string(s));
     aligned((prefix + "blocks").c_str(), blocks);
     return {blocks.typed_data<uint8_t>(), scales.typed_data<uint8_t>()};
   }
@@ -126,7 +128,8 @@ ffi::Error dequantize_impl(cudaStream_t stream, AnyBuffer blocks, AnyBuffer scal
   DType out_type = check.floating("out", *out);
   check.aligned("out", *out);
   if (check.ok() && int64_t(out->element_count()) != int64_t(scales.element_count()) * 32)
-    return invalid("out must hold 32 elements per scale, found shape " + to_string(out->dimensions()));
+    return invalid("out must hold 32 elements per scale, found shape " +
+                   to_string(out->dimensions()));
   if (!check.ok()) return check.error();
   Dimensions dims = scales.dimensions();
   const int64_t groups = dims[dims.size() - 1];
@@ -188,10 +191,10 @@ ffi::Error matmul_impl(cudaStream_t stream, AnyBuffer x, AnyBuffer blocks, AnyBu
 // gate_up blocks u8 [E, 2I, D/32, 16], scales, bias [E, 2I] or [0],
 // down blocks u8 [E, D, I/32, 16], scales, bias [E, D] or [0]
 // -> out [T, D]; workspaces hidden [T k, I], partial f32 [T k, D], schedule s32
-ffi::Error moe_impl(cudaStream_t stream, AnyBuffer x, AnyBuffer expert_ids, AnyBuffer expert_weights,
-                    AnyBuffer gate_up_blocks, AnyBuffer gate_up_scales, AnyBuffer gate_up_bias,
-                    AnyBuffer down_blocks, AnyBuffer down_scales, AnyBuffer down_bias,
-                    ffi::Result<AnyBuffer> out, ffi::Result<AnyBuffer> hidden,
+ffi::Error moe_impl(cudaStream_t stream, AnyBuffer x, AnyBuffer expert_ids,
+                    AnyBuffer expert_weights, AnyBuffer gate_up_blocks, AnyBuffer gate_up_scales,
+                    AnyBuffer gate_up_bias, AnyBuffer down_blocks, AnyBuffer down_scales,
+                    AnyBuffer down_bias, ffi::Result<AnyBuffer> out, ffi::Result<AnyBuffer> hidden,
                     ffi::Result<AnyBuffer> partial, ffi::Result<AnyBuffer> schedule, float alpha,
                     float limit) {
   Checker check;

@@ -2,16 +2,16 @@
 //
 // The weights are the 16-row operand A of m16n8k16 and the tokens its 8 columns (B), so one token
 // wastes nothing but columns. A product may permute K if both operands do it alike; that lets the
-// canonical bytes be used as they lie. Lane (g, t) = (lane / 4, lane % 4) owns row g and, of every 128
-// elements of K, the 32 of block t: one 16-byte load and one scale.
+// canonical bytes be used as they lie. Lane (g, t) = (lane / 4, lane % 4) owns row g and, of every
+// 128 elements of K, the 32 of block t: one 16-byte load and one scale.
 //
 //        K ->   block 0      block 1      block 2      block 3      (one chunk: 4 x 32 elements)
-//   row g   [   lane t=0 |   lane t=1 |   lane t=2 |   lane t=3 ]   16 bytes each, straight to registers
-//   row g+8 [   lane t=0 |   lane t=1 |   lane t=2 |   lane t=3 ]
+//   row g   [   lane t=0 |   lane t=1 |   lane t=2 |   lane t=3 ]   16 bytes each, straight to
+//   registers row g+8 [   lane t=0 |   lane t=1 |   lane t=2 |   lane t=3 ]
 //
-// Word i (elements 8i..8i+7) of a block feeds two k16 steps; step s takes from each lane the elements
-// {8i+2s, 8i+4+2s, 8i+1+2s, 8i+5+2s} as its k-slots {2t, 2t+1, 2t+8, 2t+9} (the order that decode8
-// gives). The token side reads the same elements of its own block t from shared memory.
+// Word i (elements 8i..8i+7) of a block feeds two k16 steps; step s takes from each lane the
+// elements {8i+2s, 8i+4+2s, 8i+1+2s, 8i+5+2s} as its k-slots {2t, 2t+1, 2t+8, 2t+9} (the order that
+// decode8 gives). The token side reads the same elements of its own block t from shared memory.
 //
 // f16 and f32 activations are split into two and three bf16 terms whose sum is exact, one MMA each:
 // products with the (bf16-exact) weights are then exact too, for every scale byte, and there is no
@@ -77,8 +77,8 @@ __device__ __forceinline__ void store_float(void* data, DType type, int64_t i, f
   }
 }
 
-// GPT-OSS activation: gate is clamped from above only, up from both sides. NaN passes through, which
-// fminf alone would swallow.
+// GPT-OSS activation: gate is clamped from above only, up from both sides. NaN passes through,
+// which fminf alone would swallow.
 __device__ __forceinline__ float clamped_swiglu(float gate, float up, float alpha, float limit) {
   gate = gate > limit ? limit : gate;
   up = up > limit ? limit : (up < -limit ? -limit : up);
@@ -159,7 +159,8 @@ struct Activation<float> {
 };
 
 // Activations of one chunk in shared memory: tile_m rows of 128 elements in 16-byte units. The XOR
-// spreads the units that eight neighbouring lanes (two rows, four blocks t) read at once over all banks.
+// spreads the units that eight neighbouring lanes (two rows, four blocks t) read at once over all
+// banks.
 template <typename Act>
 struct ActivationTile {
   static constexpr int kUnitElements = 16 / sizeof(Act);
@@ -260,6 +261,15 @@ struct GemmKernel {
     }
   }
 
+  __device__ static bool any_wide(const Weights& weights) {
+    bool wide = false;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      wide |= is_wide(weights.scale[r][0]) | is_wide(weights.scale[r][1]);
+    return __any_sync(0xffffffffu, wide);
+  }
+
+  template <bool kWide>
   __device__ static void multiply(const Weights& weights, uint32_t tile,
                                   float (&acc)[kRows][kGroups][4]) {
     const int lane = threadIdx.x % 32;
@@ -279,15 +289,15 @@ struct GemmKernel {
         for (int half = 0; half < 2; ++half) {
           const uint4& codes = weights.codes[r][half];
           uint32_t word = i == 0 ? codes.x : i == 1 ? codes.y : i == 2 ? codes.z : codes.w;
-          decode8(word, scale[r][half], a[r][half]);
+          decode8<kWide>(word, scale[r][half], a[r][half]);
         }
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
         uint4 raw[Terms::kUnits];
 #pragma unroll
         for (int u = 0; u < Terms::kUnits; ++u)
-          raw[u] =
-              ptx::load_shared16(tile + Tile::unit_offset(8 * j + g, (4 * t + i) * Terms::kUnits + u));
+          raw[u] = ptx::load_shared16(
+              tile + Tile::unit_offset(8 * j + g, (4 * t + i) * Terms::kUnits + u));
         uint32_t b[Terms::kTerms][4];
         Terms::terms(raw, b);
 #pragma unroll
@@ -336,7 +346,11 @@ struct GemmKernel {
       if (refill < steps)
         load_activations(args, work, refill, shared_base + refill % kStages * kStageBytes);
       ptx::cp_async_commit();
-      multiply(current, shared_base + step % kStages * kStageBytes + warp_k * kChunkBytes, acc);
+      const uint32_t tile = shared_base + step % kStages * kStageBytes + warp_k * kChunkBytes;
+      if (any_wide(current))
+        multiply<true>(current, tile, acc);
+      else
+        multiply<false>(current, tile, acc);
     }
     ptx::cp_async_wait<0>();
     __syncthreads();
@@ -420,8 +434,8 @@ cudaError_t launch_config(GemmArgs args, int64_t tiles_m, cudaStream_t stream) {
   int device;
   if (cudaError_t error = cudaGetDevice(&device)) return error;
   if (device >= 64 || !(opted_in.load() >> device & 1)) {
-    if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                 Kernel::kSharedBytes))
+    if (cudaError_t error = cudaFuncSetAttribute(
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::kSharedBytes))
       return error;
     if (device < 64) opted_in.fetch_or(uint64_t(1) << device);
   }

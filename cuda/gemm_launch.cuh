@@ -1,4 +1,5 @@
-// The table of compiled kernels: configuration x epilogue, for one activation type per translation unit.
+// The table of compiled kernels: configuration x epilogue, for one activation type per translation
+// unit.
 #pragma once
 
 #include "gemm.cuh"
@@ -6,7 +7,8 @@
 namespace jax_mxfp4 {
 
 template <typename Act, Epilogue kEpilogue, int kConfig = 0>
-cudaError_t launch_epilogue(int config, const GemmArgs& args, int64_t tiles_m, cudaStream_t stream) {
+cudaError_t launch_epilogue(int config, const GemmArgs& args, int64_t tiles_m,
+                            cudaStream_t stream) {
   if constexpr (kConfig == kNumGemmConfigs) {
     return cudaErrorInvalidValue;
   } else {

@@ -1,8 +1,8 @@
-// Launchers: raw pointers and sizes in, cudaError_t out. Nothing here allocates, synchronizes or reads
-// device data on the host, so every call can be captured into a CUDA graph.
+// Launchers: raw pointers and sizes in, cudaError_t out. Nothing here allocates, synchronizes or
+// reads device data on the host, so every call can be captured into a CUDA graph.
 //
-// Packed weights are canonical: blocks [.., K/32, 16] and scales [.., K/32], rows contiguous, pointers
-// aligned to 16 bytes (scales: 1 byte). K is a positive multiple of 32.
+// Packed weights are canonical: blocks [.., K/32, 16] and scales [.., K/32], rows contiguous,
+// pointers aligned to 16 bytes (scales: 1 byte). K is a positive multiple of 32.
 #pragma once
 
 #include <cuda_runtime_api.h>

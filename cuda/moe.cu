@@ -1,10 +1,10 @@
 // The GPT-OSS expert layer: schedule -> gate_up + SwiGLU -> down -> sum over the top-k.
 //
-// The token-expert pairs are grouped by expert on the device, in tiles that one thread block's tokens
-// share, so each expert's weights are read once per tile and no weight is ever unpacked to memory. The
-// place of a pair inside its group comes from an atomic counter and may change from run to run; the
-// result does not, because a row of a product does not depend on its neighbours and the last kernel
-// adds the pairs of a token in their own order.
+// The token-expert pairs are grouped by expert on the device, in tiles that one thread block's
+// tokens share, so each expert's weights are read once per tile and no weight is ever unpacked to
+// memory. The place of a pair inside its group comes from an atomic counter and may change from run
+// to run; the result does not, because a row of a product does not depend on its neighbours and the
+// last kernel adds the pairs of a token in their own order.
 #include <cub/block/block_scan.cuh>
 
 #include "gemm.cuh"
@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kScheduleThreads)
 }
 
 __global__ void __launch_bounds__(kCombineThreads)
-    combine_kernel(const float* partial, const int32_t* expert_ids, int top_k, int experts, int64_t d,
-                   int64_t elements, void* out, DType out_type) {
+    combine_kernel(const float* partial, const int32_t* expert_ids, int top_k, int experts,
+                   int64_t d, int64_t elements, void* out, DType out_type) {
   for (int64_t i = int64_t(blockIdx.x) * kCombineThreads + threadIdx.x; i < elements;
        i += int64_t(gridDim.x) * kCombineThreads) {
     const int64_t token = i / d, column = i % d;

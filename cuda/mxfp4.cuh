@@ -1,5 +1,5 @@
-// Bit facts of MXFP4 (OCP Microscaling Formats v1.0, sections 5.3.3 and 5.4.1). The only device code
-// that knows the format.
+// Bit facts of MXFP4 (OCP Microscaling Formats v1.0, sections 5.3.3 and 5.4.1). The only device
+// code that knows the format.
 //
 //   E2M1 code   s e e m        bias 1, magnitudes 0 .5 1 1.5 2 3 4 6, no Inf, no NaN
 //   E8M0 scale  2^(byte - 127) byte 255 is NaN; there is no zero
@@ -24,35 +24,36 @@ __device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
 
 // A scale as bf16 multipliers for codes that still carry the exponent bias of a raw bf16 (see
 // decode8). Code bits placed into a bf16 read as value * 2^-126, so the multiplier is
-// 2^(byte - 127 + 126). That overflows bf16 from byte 129 on; there the factor is split in two, and
-// `second` is needed. Released checkpoints hold bytes near 120, so the second product is rare.
+// 2^(byte - 127 + 126). That overflows bf16 from byte 129 on; there the factor is split in two.
+// Released checkpoints hold bytes near 120, so the second product is left to a rare path, which a
+// warp takes or leaves as a whole: a branch per lane would cut the decoding into small blocks.
 struct ScaleFactor {
   uint32_t first;   // bf16x2, both halves alike
-  uint32_t second;  // bf16x2, used only if wide
-  bool wide;
+  uint32_t second;  // bf16x2; one unless is_wide
 };
+
+__device__ __forceinline__ bool is_wide(uint32_t byte) { return byte - 129u < 126u; }
 
 __device__ __forceinline__ ScaleFactor scale_factor(uint32_t byte) {
   uint32_t exponent = min(byte + 126u, 254u);
   uint32_t first = byte == 255u ? 0x7fc0u : exponent << 7;
-  uint32_t second = (byte - 1u) << 7;  // 2^(byte - 128); only meaningful for 129..254
-  return {first * 0x00010001u, (second & 0x7f80u) * 0x00010001u, byte > 128u && byte != 255u};
+  uint32_t second = is_wide(byte) ? (byte - 1u) << 7 : 0x3f80u;  // 2^(byte - 128)
+  return {first * 0x00010001u, second * 0x00010001u};
 }
 
 // Eight codes of one word -> four bf16x2 of exact products with the scale. The halves of a register
 // hold elements four apart, because one AND and one shift then place both at once:
 //   out[0] = {e0, e4}  out[1] = {e1, e5}  out[2] = {e2, e6}  out[3] = {e3, e7}
-__device__ __forceinline__ void decode8(uint32_t word, const ScaleFactor& scale, uint32_t (&out)[4]) {
+template <bool kWide>
+__device__ __forceinline__ void decode8(uint32_t word, const ScaleFactor& scale,
+                                        uint32_t (&out)[4]) {
 #pragma unroll
   for (int i = 3; i >= 0; --i) {
     // Sign to bit 15; e, e, m to bits 8..6, where bf16 keeps its exponent's end and mantissa's top.
     uint32_t raw = (word & 0x80008000u) | ((word & 0x70007000u) >> 6);
     out[i] = mul_bf16x2(raw, scale.first);
+    if (kWide) out[i] = mul_bf16x2(out[i], scale.second);
     word <<= 4;
-  }
-  if (scale.wide) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) out[i] = mul_bf16x2(out[i], scale.second);
   }
 }
 

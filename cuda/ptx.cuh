@@ -7,8 +7,8 @@
 
 namespace jax_mxfp4::ptx {
 
-// Tensor-core product D += A (16x16, row) * B (16x8, col), bf16 operands, f32 accumulators. It is the
-// widest bf16 shape that every GPU from sm_80 on has.
+// Tensor-core product D += A (16x16, row) * B (16x8, col), bf16 operands, f32 accumulators. It is
+// the widest bf16 shape that every GPU from sm_80 on has.
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
                                              uint32_t a3, uint32_t b0, uint32_t b1) {
   asm volatile(
@@ -22,11 +22,14 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], uint32_t a0, uint32_
 // written, so that ragged edges need no second code path.
 __device__ __forceinline__ void cp_async16(uint32_t shared, const void* global, bool valid) {
   int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global), "r"(bytes)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global),
+               "r"(bytes)
                : "memory");
 }
 
-__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
 
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {

@@ -1,0 +1,161 @@
+// Every launcher on small ragged shapes, with buffers of exactly the promised size and poisoned
+// outputs: the program to run under compute-sanitizer, where a JAX process would be slow and noisy.
+//
+//   nvcc -std=c++17 -lineinfo -arch=native -Icuda tests/cuda/sanitize.cu cuda/*.cu
+//   cuda/gemm_config.cc -o sanitize compute-sanitizer --tool memcheck ./sanitize &&
+//   compute-sanitizer --tool racecheck ./sanitize
+//
+// Values are the business of the Python suite; here every output must have been written and finite.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "kernels.h"
+
+using namespace jax_mxfp4;
+
+namespace {
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::printf("%s: %s\n", what, cudaGetErrorString(error));
+  std::exit(1);
+}
+
+template <typename T>
+struct Buffer {
+  T* data = nullptr;
+  size_t count;
+  explicit Buffer(size_t n, int byte = 0xff) : count(n) {
+    check(cudaMalloc(&data, n * sizeof(T)), "cudaMalloc");
+    check(cudaMemset(data, byte, n * sizeof(T)), "cudaMemset");
+  }
+  explicit Buffer(const std::vector<T>& host) : Buffer(host.size()) {
+    check(cudaMemcpy(data, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice), "upload");
+  }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { cudaFree(data); }
+};
+
+std::vector<uint8_t> random_bytes(size_t n, int low, int high) {
+  std::vector<uint8_t> bytes(n);
+  for (uint8_t& b : bytes) b = uint8_t(low + std::rand() % (high - low + 1));
+  return bytes;
+}
+
+struct Packed {
+  Buffer<uint8_t> blocks, scales;
+  Packed(size_t rows, size_t k)
+      : blocks(random_bytes(rows * k / 2, 0, 255)), scales(random_bytes(rows * k / 32, 120, 124)) {}
+  PackedWeights view() const { return {blocks.data, scales.data}; }
+};
+
+size_t size_of(DType type) { return type == DType::kF32 ? 4 : 2; }
+
+// Bytes that read as small finite numbers in all three types.
+Buffer<uint8_t>* activations(size_t elements, DType type) {
+  std::vector<uint8_t> bytes = random_bytes(elements * size_of(type), 0, 255);
+  const size_t step = size_of(type);
+  for (size_t i = step - 1; i < bytes.size(); i += step) bytes[i] = (bytes[i] & 0x80) | 0x3d;
+  return new Buffer<uint8_t>(bytes);
+}
+
+void expect_written(const Buffer<float>& out, const char* what) {
+  check(cudaDeviceSynchronize(), what);
+  std::vector<float> host(out.count);
+  check(cudaMemcpy(host.data(), out.data, host.size() * 4, cudaMemcpyDeviceToHost), "download");
+  for (float v : host)
+    if (!std::isfinite(v)) {
+      std::printf("%s: an output was not written\n", what);
+      std::exit(1);
+    }
+}
+
+}  // namespace
+
+int main() {
+  const DType types[] = {DType::kBF16, DType::kF16, DType::kF32};
+  int calls = 0;
+  {
+    Packed w(33, 96);
+    Buffer<float> out(33 * 96);
+    check(dequantize(w.view(), 33, 96, out.data, DType::kF32, 0), "dequantize");
+    expect_written(out, "dequantize");
+    Buffer<int32_t> ids(std::vector<int32_t>{0, 32, -1, -33, 7});
+    Buffer<float> rows(5 * 96);
+    check(take(w.view(), ids.data, 5, 33, 96, rows.data, DType::kF32, 0), "take");
+    expect_written(rows, "take");
+    Buffer<int32_t> bad(std::vector<int32_t>{33, -34, 1 << 30});
+    Buffer<uint16_t> nans(3 * 96);
+    check(take(w.view(), bad.data, 3, 33, 96, nans.data, DType::kBF16, 0), "take");
+    check(cudaDeviceSynchronize(), "take");
+    calls += 3;
+  }
+  for (DType type : types)
+    for (int k : {32, 96, 288, 1184})
+      for (int n : {1, 8, 100, 130}) {
+        Packed w(n, k);
+        Buffer<uint8_t>* bias = activations(n, DType::kBF16);
+        for (int m : {1, 3, 9, 17, 65, 130}) {
+          Buffer<uint8_t>* x = activations(size_t(m) * k, type);
+          Buffer<float> out(size_t(m) * n);
+          MatmulArgs args = {};
+          args.x = x->data;
+          args.x_type = type;
+          args.weights = w.view();
+          args.bias = {m % 2 ? bias->data : nullptr, DType::kBF16};
+          args.out = out.data;
+          args.out_type = DType::kF32;
+          args.m = m;
+          args.n = n;
+          args.k = k;
+          check(matmul(args, 0), "matmul");
+          expect_written(out, "matmul");
+          delete x;
+          ++calls;
+        }
+        delete bias;
+      }
+  for (DType type : types)
+    for (int tokens : {1, 5, 70, 300})
+      for (int experts : {1, 4, 33}) {
+        const int top_k = experts == 1 ? 1 : 3, d = 96, inner = 64, pairs = tokens * top_k;
+        Packed gate_up(size_t(experts) * 2 * inner, d), down(size_t(experts) * d, inner);
+        Buffer<uint8_t>* x = activations(size_t(tokens) * d, type);
+        Buffer<uint8_t>* bias = activations(size_t(experts) * d, DType::kBF16);
+        std::vector<int32_t> ids(pairs);
+        for (int32_t& id : ids) id = std::rand() % (experts + 2) - 1;  // some have no expert
+        Buffer<int32_t> expert_ids(ids);
+        Buffer<float> weights(std::vector<float>(pairs, 0.25f));
+        Buffer<float> out(size_t(tokens) * d), partial(size_t(pairs) * d);
+        Buffer<uint8_t> hidden(size_t(pairs) * inner * size_of(type));
+        Buffer<int32_t> schedule(moe_schedule_size(pairs, experts));
+        MoeArgs args = {};
+        args.x = x->data;
+        args.x_type = type;
+        args.expert_ids = expert_ids.data;
+        args.expert_weights = weights.data;
+        args.gate_up = gate_up.view();
+        args.down = down.view();
+        args.down_bias = {bias->data, DType::kBF16};
+        args.out = out.data;
+        args.out_type = DType::kF32;
+        args.hidden = hidden.data;
+        args.partial = partial.data;
+        args.schedule = schedule.data;
+        args.tokens = tokens;
+        args.top_k = top_k;
+        args.experts = experts;
+        args.d = d;
+        args.inner = inner;
+        args.alpha = 1.702f;
+        args.limit = 7.0f;
+        check(moe(args, 0), "moe");
+        expect_written(out, "moe");
+        delete x;
+        delete bias;
+        ++calls;
+      }
+  std::printf("%d calls\n", calls);
+}
