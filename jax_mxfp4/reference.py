@@ -173,8 +173,9 @@ def moe(
 
     @partial(jax.checkpoint, prevent_cse=False)
     def apply_tile(operands):
-        def idle(_):
-            return jnp.zeros((tile_rows, x.shape[-1]), jnp.float32)
+        def idle(operands):
+            # Like the tile, which inside shard_map varies over mesh axes.
+            return jnp.zeros_like(operands[1], jnp.float32)
 
         return lax.cond(operands[0] < num_experts, apply_expert, idle, operands)
 
@@ -208,10 +209,10 @@ def _plan_tiles(ids: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array,
     """
     pairs = ids.shape[0]
     expert = jnp.where((ids >= 0) & (ids < num_experts), ids, np.int32(num_experts))
-    if pairs < num_experts:
+    if not isinstance(pairs, int) or pairs < num_experts:
         # Decoding with few tokens: experts rarely repeat, and one row each needs no sorting.
         slot = jnp.arange(pairs, dtype=jnp.int32)
-        return jnp.where(expert < num_experts, slot, np.int32(pairs)), expert, 1
+        return jnp.where(expert < num_experts, slot, jnp.asarray(pairs, jnp.int32)), expert, 1
 
     # Twice the mean group size: most experts then fit one tile and are decoded once.
     tile_rows = max(_MIN_TILE_ROWS, 2 * pairs // num_experts)
