@@ -1,0 +1,25 @@
+"""Checkpoint files: readers, and the table of GPT-OSS tensor names.
+
+Nothing here needs a GPU or knows the model. A reader lists stored tensors and reads one at a time;
+`gpt_oss_layout` says which of them make up each parameter; `read_parameters` joins the two.
+"""
+
+from jax_mxfp4.checkpoints.errors import CheckpointError
+from jax_mxfp4.checkpoints.gpt_oss_layout import Layout, ParameterSpec, detect_layout
+from jax_mxfp4.checkpoints.gpt_oss_loader import Progress, read_parameters
+from jax_mxfp4.checkpoints.reader import Reader, TensorInfo, read_json_object, require_folder
+from jax_mxfp4.checkpoints.safetensors_folder import SafetensorsFolder
+
+__all__ = [
+    "CheckpointError",
+    "Layout",
+    "ParameterSpec",
+    "Progress",
+    "Reader",
+    "SafetensorsFolder",
+    "TensorInfo",
+    "detect_layout",
+    "read_json_object",
+    "read_parameters",
+    "require_folder",
+]

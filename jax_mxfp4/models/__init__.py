@@ -1,0 +1,1 @@
+"""Models built on packed MXFP4 weights."""
