@@ -302,25 +302,29 @@ def _check_weight(name: str, w: MXFP4Array, layout: str | None = None) -> None:
 # choices the same function, so that jax.jit recognizes it.
 
 
+def _axes_of(args: Any) -> frozenset[Any]:
+    """The mesh axes of a surrounding shard_map that any of the arrays varies over."""
+    axes = (jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(args))
+    return frozenset[Any]().union(*axes)
+
+
+def _vary_over(axes: frozenset[Any], value: Any) -> Any:
+    """Let every array of `value` vary over these mesh axes."""
+
+    def cast(leaf: Array) -> Array:
+        missing = tuple(sorted(axes - _axes_of(leaf), key=str))
+        return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, value)
+
+
 def _vary_alike(*args: Any) -> Any:
     """Inside shard_map, let all arrays vary over the mesh axes that any of them varies over.
 
     Gradients of a custom_vjp must vary as its arguments do. The transpose of the cast is the sum
     over devices that the gradient of a replicated argument needs.
     """
-
-    def axes(leaf: Array) -> frozenset[Any]:
-        return jax.typeof(leaf).manual_axis_type.varying
-
-    every = frozenset[Any]().union(*map(axes, jax.tree.leaves(args)))
-    if not every:
-        return args
-
-    def cast(leaf: Array) -> Array:
-        missing = tuple(sorted(every - axes(leaf), key=str))
-        return lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(cast, args)
+    return _vary_over(_axes_of(args), args)
 
 
 def _by_platform(
@@ -332,11 +336,12 @@ def _by_platform(
     # The definition is the authority on the type of the result, which inside shard_map includes
     # the mesh axes it varies over. It is jitted, so it is traced once for all calls alike.
     result = jax.eval_shape(definition, *args)
-    return lax.platform_dependent(
-        *args,
-        cuda=functools.partial(kernel, result),
-        default=definition if backend == "platform" else lambda *_: ffi.cuda_only(result),
-    )
+
+    def refuse(*args: Any) -> Array:
+        return _vary_over(_axes_of(args), ffi.cuda_only(result))
+
+    default = definition if backend == "platform" else refuse
+    return lax.platform_dependent(*args, cuda=functools.partial(kernel, result), default=default)
 
 
 def _definition(function: Callable[..., Array], **options: Any) -> Callable[..., Array]:

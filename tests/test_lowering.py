@@ -326,3 +326,20 @@ def test_cond_and_while(kernels_registered):
         return jax.lax.fori_loop(0, 3, lambda _, y: y + mx.matmul(X, w), x)
 
     assert [call.target for call in calls_of(f, X, W, True)] == ["jax_mxfp4_matmul"] * 2
+
+
+@pytest.mark.parametrize("implementation", [None, "cuda"])
+def test_shard_map_is_one_local_call(kernels_registered, implementation):
+    """The branches of the platform choice agree in the mesh axes that their results vary over."""
+    automatic = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((2,), ("devices",), axis_types=automatic)
+    split, whole = jax.P("devices"), jax.P()
+    sharded = jax.shard_map(
+        lambda x, w: mx.matmul(x, w, implementation=implementation),
+        mesh=mesh,
+        in_specs=(split, whole),
+        out_specs=split,
+    )
+    jaxpr = jax.make_jaxpr(sharded)(np.repeat(X, 2, axis=0), W)
+    assert str(jaxpr).count("target_name=jax_mxfp4_matmul") == 1
+    assert f"f32[{M},{N}]" in str(jaxpr)
