@@ -5,9 +5,11 @@
 // canonical bytes be used as they lie. Lane (g, t) = (lane / 4, lane % 4) owns row g and, of every
 // 128 elements of K, the 32 of block t: one 16-byte load and one scale.
 //
+// clang-format off
 //        K ->   block 0      block 1      block 2      block 3      (one chunk: 4 x 32 elements)
 //   row g   [   lane t=0 |   lane t=1 |   lane t=2 |   lane t=3 ]   16 bytes each, straight to
-//   registers row g+8 [   lane t=0 |   lane t=1 |   lane t=2 |   lane t=3 ]
+//   row g+8 [   lane t=0 |   lane t=1 |   lane t=2 |   lane t=3 ]   registers
+// clang-format on
 //
 // Word i (elements 8i..8i+7) of a block feeds two k16 steps; step s takes from each lane the
 // elements {8i+2s, 8i+4+2s, 8i+1+2s, 8i+5+2s} as its k-slots {2t, 2t+1, 2t+8, 2t+9} (the order that

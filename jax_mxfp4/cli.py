@@ -57,7 +57,7 @@ def generate(
     model: Annotated[
         Path | None,
         typer.Option(
-            help="Checkpoint folder of a GPT-OSS model, in Hugging Face's or OpenAI's layout.",
+            help="A GPT-OSS checkpoint: a folder in Hugging Face's or OpenAI's layout.",
             show_default="the built-in model of 2.1 million parameters",
         ),
     ] = None,
@@ -90,10 +90,11 @@ def generate(
     _check("--temperature", 0 <= temperature < math.inf, "0 or a positive number", temperature)
     _check("--top-p", 0 < top_p <= 1, "above 0 and at most 1", top_p)
     _check("--seed", 0 <= seed <= _MAX_SEED, f"0 to {_MAX_SEED}", seed)
-    for option, path in (("--model", model), ("--tokenizer", tokenizer)):
-        if path is not None:
-            kind = "a file" if path.exists() else "no such path"
-            _check(option, path.is_dir(), "a folder", f"{path} ({kind})")
+    if model is not None:
+        _check("--model", model.exists(), "a checkpoint", f"nothing at {model}")
+    if tokenizer is not None:
+        found = f"{'a file' if tokenizer.exists() else 'nothing'} at {tokenizer}"
+        _check("--tokenizer", tokenizer.is_dir(), "a folder", found)
 
     import jax
 
@@ -106,18 +107,18 @@ def generate(
     # Known before the weights are read, which can take minutes.
     if implementation == "cuda" and default_implementation() != "cuda":
         raise RuntimeError(f"--implementation cuda: {' '.join(lacking(collect()))}")
-    folder = mini_path() if model is None else model
+    path = mini_path() if model is None else model
     console = Console(stderr=True, highlight=False)
     started = time.perf_counter()
     with _bar(console, DownloadColumn()) as bar:
         task = bar.add_task("loading", total=None)
         weights = GptOss.from_pretrained(
-            folder,
+            path,
             dtype=dtype,
             implementation=implementation,
             progress=lambda _, done, total: bar.update(task, completed=done, total=total),
         )
-    encoder = load_tokenizer(folder if tokenizer is None else tokenizer)
+    encoder = load_tokenizer(tokenizer or (path if path.is_dir() else path.parent))
     console.print(
         f"loaded {'the built-in model' if model is None else model} "
         f"({_parameters(weights):,} parameters, {dtype}) in {time.perf_counter() - started:.1f} s; "
