@@ -34,9 +34,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "gpu: needs an NVIDIA GPU that JAX can use, and compiled kernels"
-    )
     # Under pytest-xdist, the results of all workers arrive at the process that started them.
     is_worker = hasattr(config, "workerinput")
     if config.getoption("--gpu-report") is not None and not is_worker:
