@@ -20,6 +20,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
 
+from jax_mxfp4.cli_checkpoints import register
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -57,7 +59,7 @@ def generate(
     model: Annotated[
         Path | None,
         typer.Option(
-            help="A GPT-OSS checkpoint: a folder in Hugging Face's or OpenAI's layout.",
+            help="A GPT-OSS checkpoint: a folder in Hugging Face's or OpenAI's layout, or *.gguf.",
             show_default="the built-in model of 2.1 million parameters",
         ),
     ] = None,
@@ -118,7 +120,7 @@ def generate(
             implementation=implementation,
             progress=lambda _, done, total: bar.update(task, completed=done, total=total),
         )
-    encoder = load_tokenizer(tokenizer or (path if path.is_dir() else path.parent))
+    encoder = load_tokenizer(path if tokenizer is None else tokenizer)
     console.print(
         f"loaded {'the built-in model' if model is None else model} "
         f"({_parameters(weights):,} parameters, {dtype}) in {time.perf_counter() - started:.1f} s; "
@@ -145,6 +147,9 @@ def doctor() -> None:
     from jax_mxfp4.doctor import collect, render
 
     typer.echo(render(collect()))
+
+
+register(app)
 
 
 @dataclass

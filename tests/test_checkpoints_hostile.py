@@ -211,9 +211,9 @@ def test_a_folder_named_like_a_shard(tmp_path):
         SafetensorsFolder(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["absent", "model.gguf"])
+@pytest.mark.parametrize("name", ["absent", "model.safetensors"])
 def test_from_pretrained_needs_a_folder(tmp_path, name):
-    (tmp_path / "model.gguf").touch()
+    (tmp_path / "model.safetensors").touch()
     with pytest.raises(CheckpointError, match=f"{name}: expected a checkpoint folder: "):
         GptOss.from_pretrained(tmp_path / name)
 

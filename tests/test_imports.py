@@ -16,6 +16,7 @@ CORE = Path(jax_mxfp4.__file__).parent
 MODULES = sorted([*CORE.rglob("*.py"), *Path(flax_layers.__file__).parent.rglob("*.py")])
 OUTSIDE_THE_CORE = {
     "flax",
+    "gguf",
     "hypothesis",
     "optax",
     "orbax",

@@ -2,13 +2,16 @@
 
 Parameters have one canonical name each (`layers.3.mlp.gate_up`) and one canonical form: dense
 matrices are [out, in], packed ones `MXFP4Array` [..., K]. A layout says which stored tensors hold
-them. Two rules cover both safetensors layouts:
+them. Three rules cover the layouts:
 
 * a name with `{part}` stands for a pair of tensors, one with part `blocks`, one with `scales`;
+* a name with `{half}` stands for two tensors, `gate` and `up`, whose rows alternate in the
+  parameter (axis 1, after the experts);
 * parameters of one layer that share a stored name are its rows, one after the other, in the order
   of the table (OpenAI's fused `qkv`).
 
-Names from openai/gpt-oss `gpt_oss/torch/weights.py` and the released Hugging Face files.
+Names from openai/gpt-oss `gpt_oss/torch/weights.py`, the released Hugging Face files, and the
+`gguf` package's tables for the architecture `gpt-oss`.
 """
 
 import re
@@ -20,43 +23,47 @@ from jax_mxfp4.checkpoints.errors import CheckpointError
 from jax_mxfp4.checkpoints.reader import Reader, TensorInfo
 from jax_mxfp4.format import BLOCK_BYTES, BLOCK_SIZE
 
-Layout = Literal["huggingface", "openai"]
+Layout = Literal["huggingface", "openai", "gguf"]
 
-_COLUMNS: tuple[Layout, ...] = ("huggingface", "openai")
-_HF, _OA = "model.layers.{layer}.", "block.{layer}."
-_TABLE: dict[str, tuple[str, str]] = {
-    "embedding": ("model.embed_tokens.weight", "embedding.weight"),
-    "layers.{layer}.attention.norm": (_HF + "input_layernorm.weight", _OA + "attn.norm.scale"),
-    "layers.{layer}.attention.q.weight": (_HF + "self_attn.q_proj.weight", _OA + "attn.qkv.weight"),
-    "layers.{layer}.attention.k.weight": (_HF + "self_attn.k_proj.weight", _OA + "attn.qkv.weight"),
-    "layers.{layer}.attention.v.weight": (_HF + "self_attn.v_proj.weight", _OA + "attn.qkv.weight"),
-    "layers.{layer}.attention.q.bias": (_HF + "self_attn.q_proj.bias", _OA + "attn.qkv.bias"),
-    "layers.{layer}.attention.k.bias": (_HF + "self_attn.k_proj.bias", _OA + "attn.qkv.bias"),
-    "layers.{layer}.attention.v.bias": (_HF + "self_attn.v_proj.bias", _OA + "attn.qkv.bias"),
-    "layers.{layer}.attention.out.weight": (
-        _HF + "self_attn.o_proj.weight",
-        _OA + "attn.out.weight",
+_COLUMNS: tuple[Layout, ...] = ("huggingface", "openai", "gguf")
+_PREFIXES = (
+    ("model.", "lm_head."),
+    ("block.", "embedding.", "unembedding."),
+    ("blk.", "token_embd.", "output."),
+)
+# Canonical name: Hugging Face, OpenAI, GGUF. Names of a layer go without their prefix.
+_LAYER_PREFIXES = ("model.layers.{layer}.", "block.{layer}.", "blk.{layer}.")
+_IN_LAYER: dict[str, tuple[str, str, str]] = {
+    "attention.norm": ("input_layernorm.weight", "attn.norm.scale", "attn_norm.weight"),
+    "attention.q.weight": ("self_attn.q_proj.weight", "attn.qkv.weight", "attn_q.weight"),
+    "attention.k.weight": ("self_attn.k_proj.weight", "attn.qkv.weight", "attn_k.weight"),
+    "attention.v.weight": ("self_attn.v_proj.weight", "attn.qkv.weight", "attn_v.weight"),
+    "attention.q.bias": ("self_attn.q_proj.bias", "attn.qkv.bias", "attn_q.bias"),
+    "attention.k.bias": ("self_attn.k_proj.bias", "attn.qkv.bias", "attn_k.bias"),
+    "attention.v.bias": ("self_attn.v_proj.bias", "attn.qkv.bias", "attn_v.bias"),
+    "attention.out.weight": ("self_attn.o_proj.weight", "attn.out.weight", "attn_output.weight"),
+    "attention.out.bias": ("self_attn.o_proj.bias", "attn.out.bias", "attn_output.bias"),
+    "attention.sinks": ("self_attn.sinks", "attn.sinks", "attn_sinks.weight"),
+    "mlp.norm": ("post_attention_layernorm.weight", "mlp.norm.scale", "post_attention_norm.weight"),
+    "mlp.router.weight": ("mlp.router.weight", "mlp.gate.weight", "ffn_gate_inp.weight"),
+    "mlp.router.bias": ("mlp.router.bias", "mlp.gate.bias", "ffn_gate_inp.bias"),
+    "mlp.gate_up": (
+        "mlp.experts.gate_up_proj_{part}",
+        "mlp.mlp1_weight.{part}",
+        "ffn_{half}_exps.weight",
     ),
-    "layers.{layer}.attention.out.bias": (_HF + "self_attn.o_proj.bias", _OA + "attn.out.bias"),
-    "layers.{layer}.attention.sinks": (_HF + "self_attn.sinks", _OA + "attn.sinks"),
-    "layers.{layer}.mlp.norm": (_HF + "post_attention_layernorm.weight", _OA + "mlp.norm.scale"),
-    "layers.{layer}.mlp.router.weight": (_HF + "mlp.router.weight", _OA + "mlp.gate.weight"),
-    "layers.{layer}.mlp.router.bias": (_HF + "mlp.router.bias", _OA + "mlp.gate.bias"),
-    "layers.{layer}.mlp.gate_up": (
-        _HF + "mlp.experts.gate_up_proj_{part}",
-        _OA + "mlp.mlp1_weight.{part}",
-    ),
-    "layers.{layer}.mlp.gate_up_bias": (
-        _HF + "mlp.experts.gate_up_proj_bias",
-        _OA + "mlp.mlp1_bias",
-    ),
-    "layers.{layer}.mlp.down": (
-        _HF + "mlp.experts.down_proj_{part}",
-        _OA + "mlp.mlp2_weight.{part}",
-    ),
-    "layers.{layer}.mlp.down_bias": (_HF + "mlp.experts.down_proj_bias", _OA + "mlp.mlp2_bias"),
-    "norm": ("model.norm.weight", "norm.scale"),
-    "unembedding": ("lm_head.weight", "unembedding.weight"),
+    "mlp.gate_up_bias": ("mlp.experts.gate_up_proj_bias", "mlp.mlp1_bias", "ffn_{half}_exps.bias"),
+    "mlp.down": ("mlp.experts.down_proj_{part}", "mlp.mlp2_weight.{part}", "ffn_down_exps.weight"),
+    "mlp.down_bias": ("mlp.experts.down_proj_bias", "mlp.mlp2_bias", "ffn_down_exps.bias"),
+}
+_TABLE: dict[str, tuple[str, ...]] = {
+    "embedding": ("model.embed_tokens.weight", "embedding.weight", "token_embd.weight"),
+    **{
+        f"layers.{{layer}}.{name}": tuple(map(str.__add__, _LAYER_PREFIXES, stored))
+        for name, stored in _IN_LAYER.items()
+    },
+    "norm": ("model.norm.weight", "norm.scale", "output_norm.weight"),
+    "unembedding": ("lm_head.weight", "unembedding.weight", "output.weight"),
 }
 # The released files are BF16; a checkpoint saved after training may be wider.
 _DENSE_DTYPES = ("BF16", "F16", "F32")
@@ -96,7 +103,7 @@ class Source:
     """Where one parameter is stored.
 
     Attributes:
-      tensors: one dense tensor, or blocks and scales.
+      tensors: one tensor; or blocks and scales; or two whose rows alternate.
       rows: the part of the first axis that is this parameter; None for all of it.
     """
 
@@ -108,19 +115,20 @@ def detect_layout(reader: Reader) -> Layout:
     """Return the layout whose names the tensors of `reader` use.
 
     Raises:
-      CheckpointError: the names are of no known layout, or of both.
+      CheckpointError: the names are of no known layout, or of several.
     """
-    hugging_face, openai = (
-        any(name.startswith(prefixes) for name in reader.tensors)
-        for prefixes in (("model.", "lm_head."), ("block.", "embedding.", "unembedding."))
-    )
-    if hugging_face != openai:
-        return "huggingface" if hugging_face else "openai"
-    found = "both" if hugging_face else f"neither ({_some_names(reader)})"
+    found: list[Layout] = [
+        layout
+        for layout, prefixes in zip(_COLUMNS, _PREFIXES, strict=True)
+        if any(name.startswith(prefixes) for name in reader.tensors)
+    ]
+    if len(found) == 1:
+        return found[0]
     raise CheckpointError(
         reader.path,
-        "expected the tensor names of a GPT-OSS checkpoint, Hugging Face's (model.layers.0...) "
-        f"or OpenAI's (block.0...), found {found}",
+        "expected the tensor names of a GPT-OSS checkpoint, Hugging Face's (model.layers.0...), "
+        "OpenAI's (block.0...) or those of a GGUF file (blk.0...), found "
+        + (" and ".join(found) if found else f"none of them ({_some_names(reader)})"),
     )
 
 
@@ -140,7 +148,9 @@ def plan(layout: Layout, specs: Mapping[str, ParameterSpec]) -> dict[str, Source
         total = rows_of[stored]
         start = next_row.get(stored, 0)
         next_row[stored] = start + spec.shape[0]
-        tensors = _stored_tensors(stored, (total, *spec.shape[1:]), spec.packed)
+        shape = (total, *spec.shape[1:])
+        store = _gguf_tensors if layout == "gguf" else _safetensors
+        tensors = store(stored, shape, spec.packed)
         rows = None if total == spec.shape[0] else slice(start, next_row[stored])
         sources[name] = Source(tensors, rows)
     return {name: sources[name] for name in specs}
@@ -180,7 +190,7 @@ def _stored_name(name: str, column: int) -> str:
     return template.replace("{layer}", layer.group()) if layer else template
 
 
-def _stored_tensors(name: str, shape: tuple[int, ...], packed: bool) -> tuple[StoredTensor, ...]:
+def _safetensors(name: str, shape: tuple[int, ...], packed: bool) -> tuple[StoredTensor, ...]:
     if not packed:
         return (StoredTensor(name, shape, _DENSE_DTYPES),)
     scales = (*shape[:-1], shape[-1] // BLOCK_SIZE)
@@ -188,6 +198,16 @@ def _stored_tensors(name: str, shape: tuple[int, ...], packed: bool) -> tuple[St
         StoredTensor(name.format(part="blocks"), (*scales, BLOCK_BYTES), ("U8",)),
         StoredTensor(name.format(part="scales"), scales, ("U8",)),
     )
+
+
+def _gguf_tensors(name: str, shape: tuple[int, ...], packed: bool) -> tuple[StoredTensor, ...]:
+    dtypes = _DENSE_DTYPES
+    if packed or len(shape) > 1:
+        dtypes = ("MXFP4",) if packed else (*_DENSE_DTYPES, "Q8_0")
+    if "{half}" not in name:
+        return (StoredTensor(name, shape, dtypes),)
+    half = tuple(size // 2 if axis == 1 else size for axis, size in enumerate(shape))
+    return tuple(StoredTensor(name.format(half=part), half, dtypes) for part in ("gate", "up"))
 
 
 def _describe(info: TensorInfo) -> str:

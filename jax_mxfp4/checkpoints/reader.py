@@ -66,11 +66,25 @@ def read_json_object(file: Path) -> dict[str, Any]:
       CheckpointError: the file cannot be read, is not valid JSON, or is not an object.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise CheckpointError(file, f"cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+    except UnicodeDecodeError as error:
         raise CheckpointError(file, f"is not valid JSON: {error}") from error
+    return parse_json_object(file, text)
+
+
+def parse_json_object(file: Path, text: Any, what: str = "") -> dict[str, Any]:
+    """Return the JSON object in `text`, which is `what` of `file` (by default all of it).
+
+    Raises:
+      CheckpointError: `text` is no string, not valid JSON, or is not an object.
+    """
+    where = f"{what}: " if what else ""
+    try:
+        value = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(file, f"{where}is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(file, f"expected a JSON object, found {type(value).__name__}")
+        raise CheckpointError(file, f"{where}expected a JSON object, found {type(value).__name__}")
     return value

@@ -72,12 +72,12 @@ class GptOss:
         *,
         progress: Progress | None = None,
     ) -> "GptOss":
-        """Load a checkpoint folder in Hugging Face's or OpenAI's layout.
+        """Load a checkpoint in Hugging Face's or OpenAI's layout, or a GGUF file.
 
         The experts stay packed as they are stored; everything else is converted to `dtype`.
 
         Args:
-          path: folder with config.json and safetensors files.
+          path: folder with config.json and safetensors files, or a file `*.gguf`.
           dtype: float32, bfloat16 or float16. In float32 every product is in full float32.
           implementation: see the class.
           progress: called after each parameter with (name, bytes read so far, bytes of all).

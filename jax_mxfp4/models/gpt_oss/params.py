@@ -14,7 +14,7 @@ from jax_mxfp4.array import MXFP4Array
 from jax_mxfp4.checkpoints import (
     ParameterSpec,
     Progress,
-    SafetensorsFolder,
+    open_checkpoint,
     read_parameters,
 )
 from jax_mxfp4.models.gpt_oss.config import GptOssConfig
@@ -129,15 +129,15 @@ def abstract_params(config: GptOssConfig, dtype: DTypeLike = jnp.bfloat16) -> Pa
 def load_params(
     path: str | Path, config: GptOssConfig, dtype: DTypeLike, progress: Progress | None = None
 ) -> Params:
-    """Read the parameters of the checkpoint folder `path`.
+    """Read the parameters of the checkpoint `path`, a folder or a GGUF file.
 
     Packed experts go to the device as they are stored; everything else is converted to `dtype`.
     On the host there is never more than one parameter.
 
     Raises:
-      CheckpointError: see `SafetensorsFolder` and `read_parameters`.
+      CheckpointError: see `open_checkpoint` and `read_parameters`.
     """
-    reader = SafetensorsFolder(path)
+    reader = open_checkpoint(path)
     loaded: dict[str, Any] = {}
     for name, array in read_parameters(reader, parameter_specs(config), progress):
         if isinstance(array, np.ndarray):
