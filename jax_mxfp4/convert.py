@@ -30,7 +30,10 @@ from jax_mxfp4.models.gpt_oss.params import parameter_specs
 from jax_mxfp4.models.gpt_oss.tokenizer import CARRIED_TOKENIZER
 
 _TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
 )
 _CARRIED = {
     "config.json": CARRIED_CONFIG,

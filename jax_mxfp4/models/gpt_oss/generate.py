@@ -114,7 +114,13 @@ def _choose(
     return sampling.sample(logits, jax.vmap(jax.random.fold_in)(keys, lengths), temperature, top_p)
 
 
-@partial(jax.jit, static_argnames=("config", "implementation", "greedy"), donate_argnames="cache")
+# The cache is donated: a step writes into the memory of the one before.
+_compiled = partial(
+    jax.jit, static_argnames=("config", "implementation", "greedy"), donate_argnames="cache"
+)
+
+
+@_compiled
 def _start(
     params: Params,
     tokens: jax.Array,
@@ -133,7 +139,7 @@ def _start(
     return _choose(logits, cache.lengths, options, greedy), cache
 
 
-@partial(jax.jit, static_argnames=("config", "implementation", "greedy"), donate_argnames="cache")
+@_compiled
 def _step(
     params: Params,
     tokens: jax.Array,
