@@ -20,15 +20,16 @@ nb::dict registrations() {
   return targets;
 }
 
-nb::dict select_gemm_config(int64_t m, int64_t n, int64_t k) {
-  const int index = jax_mxfp4::select_gemm_config({m, n, k});
+nb::dict select_gemm_config(int64_t m, int64_t n, int64_t k, int streaming_multiprocessors) {
+  const int index = jax_mxfp4::select_gemm_config({m, n, k, streaming_multiprocessors});
   const jax_mxfp4::GemmConfig& config = jax_mxfp4::kGemmConfigs[index];
   nb::dict result;
   result["index"] = index;
+  result["kind"] = config.kind == jax_mxfp4::GemmKind::kStreaming ? "streaming" : "tiled";
   result["tile_m"] = config.tile_m;
   result["tile_n"] = config.tile_n();
-  result["tile_k"] = config.tile_k();
-  result["threads"] = config.threads();
+  result["stage_k"] = 128 * config.stage_chunks();
+  result["warps_k"] = config.warps_k;
   result["stages"] = config.stages;
   return result;
 }
@@ -58,5 +59,6 @@ NB_MODULE(_native, m) {
       "cuda_architectures", [] { return std::string(JAX_MXFP4_CUDA_ARCHITECTURES); },
       "CMAKE_CUDA_ARCHITECTURES of the build; empty without CUDA.");
   m.def("select_gemm_config", &select_gemm_config, nb::arg("m"), nb::arg("n"), nb::arg("k"),
+        nb::arg("streaming_multiprocessors"),
         "The compiled configuration that serves y[m, n] = x[m, k] w[n, k]^T.");
 }

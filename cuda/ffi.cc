@@ -101,6 +101,7 @@ class Checker {
            "must have the shape of scales plus a last dimension of 16, found " + to_string(b) +
                " and scales " + to_string(s));
     aligned((prefix + "blocks").c_str(), blocks);
+    aligned((prefix + "scales").c_str(), scales);
     return {blocks.typed_data<uint8_t>(), scales.typed_data<uint8_t>()};
   }
   // An empty vector stands for no bias.

@@ -10,29 +10,49 @@ struct GemmShape {
   int64_t m;  // rows of x; for grouped products the mean number of rows per expert, rounded up
   int64_t n;
   int64_t k;
+  // Multiprocessors that can run the streaming kernels: 0 for GPUs without bulk copies (before
+  // sm_90), for activations other than bf16 and for grouped products.
+  int streaming_multiprocessors;
+};
+
+enum class GemmKind {
+  kTiled,      // gemm_tiled.cuh: a thread block per output tile, mma.sync, sm_80 and later
+  kStreaming,  // gemm_streaming.cuh: a thread block per multiprocessor, bulk copies, sm_90 and
+               // later
 };
 
 struct GemmConfig {
-  int tile_m;   // tokens of one thread block, the 8-wide side of the tensor-core instruction
+  GemmKind kind;
+  int tile_m;   // tokens of one tile, in units of the tensor-core instruction's 8
   int rows;     // 16-row weight tiles of one warp
   int warps_n;  // warps side by side along N
   int warps_k;  // warps that share the rows and split K; their sums are added in a fixed order
-  int stages;   // activation buffers in flight
+  int chunks;   // 128-element chunks of K that a warp takes from one stage
+  int stages;   // buffers in flight: of activations (tiled) or of packed weights (streaming)
 
   constexpr int tile_n() const { return 16 * rows * warps_n; }
-  constexpr int tile_k() const { return 128 * warps_k; }
-  constexpr int threads() const { return 32 * warps_n * warps_k; }
+  constexpr int stage_chunks() const { return warps_k * chunks; }
+  constexpr int compute_warps() const { return warps_n * warps_k; }
 };
 
-// Short on purpose: each row is compiled for three activation types and three epilogues.
+// Short on purpose: each tiled row is compiled for three activation types and three epilogues.
 inline constexpr GemmConfig kGemmConfigs[] = {
     // Few tokens: the weights are the traffic. 16-row blocks give N = 2880 180 of them, and eight
     // warps along K keep enough 16-byte loads in flight.
-    {/*tile_m=*/8, /*rows=*/1, /*warps_n=*/1, /*warps_k=*/8, /*stages=*/2},
+    {GemmKind::kTiled, 8, 1, 1, 8, 1, 2},
     // A few dozen tokens: activations are shared by four warps, else their reads pass the weights'.
-    {/*tile_m=*/32, /*rows=*/1, /*warps_n=*/4, /*warps_k=*/2, /*stages=*/2},
+    {GemmKind::kTiled, 32, 1, 4, 2, 1, 2},
     // Many tokens: each decoded weight serves 64 of them, 64 accumulators a thread.
-    {/*tile_m=*/64, /*rows=*/2, /*warps_n=*/4, /*warps_k=*/1, /*stages=*/3},
+    {GemmKind::kTiled, 64, 2, 4, 1, 1, 3},
+    // Up to 8 tokens. 12 warps of two chunks cover K = 2880 in one stage, 16 warps K = 4096; the
+    // stages fill shared memory, about 160 KB in flight on each multiprocessor.
+    {GemmKind::kStreaming, 8, 1, 1, 12, 2, 6},
+    {GemmKind::kStreaming, 8, 2, 1, 12, 2, 3},
+    {GemmKind::kStreaming, 8, 1, 1, 16, 2, 4},
+    {GemmKind::kStreaming, 8, 2, 1, 16, 2, 2},
+    // Up to 16 tokens: twice the activation registers, so no 16-warp variant.
+    {GemmKind::kStreaming, 16, 1, 1, 12, 2, 5},
+    {GemmKind::kStreaming, 16, 2, 1, 12, 2, 2},
 };
 inline constexpr int kNumGemmConfigs = sizeof(kGemmConfigs) / sizeof(kGemmConfigs[0]);
 

@@ -2,7 +2,7 @@
 // reads device data on the host, so every call can be captured into a CUDA graph.
 //
 // Packed weights are canonical: blocks [.., K/32, 16] and scales [.., K/32], rows contiguous,
-// pointers aligned to 16 bytes (scales: 1 byte). K is a positive multiple of 32.
+// pointers aligned to 16 bytes. K is a positive multiple of 32.
 #pragma once
 
 #include <cuda_runtime_api.h>

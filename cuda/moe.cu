@@ -7,7 +7,7 @@
 // last kernel adds the pairs of a token in their own order.
 #include <cub/block/block_scan.cuh>
 
-#include "gemm.cuh"
+#include "gemm_tiled.cuh"
 
 namespace jax_mxfp4 {
 namespace {
@@ -78,7 +78,7 @@ template <typename Act>
 cudaError_t run_moe(const MoeArgs& args, cudaStream_t stream) {
   const int64_t pairs = args.tokens * args.top_k;
   const int64_t mean_rows = (pairs + args.experts - 1) / args.experts;
-  const int config = select_gemm_config({mean_rows, 2 * args.inner, args.d});
+  const int config = select_gemm_config({mean_rows, 2 * args.inner, args.d, 0});
   const int tile_m = kGemmConfigs[config].tile_m;
   const int64_t max_tiles = moe_max_tiles(pairs, args.experts, tile_m);
   int32_t* sorted_pairs = args.schedule;
@@ -102,7 +102,7 @@ cudaError_t run_moe(const MoeArgs& args, cudaStream_t stream) {
   gemm.out = args.hidden;
   gemm.n = int(2 * args.inner);
   gemm.k = int(args.d);
-  if (cudaError_t error = launch_gemm<Act>(Epilogue::kGateUp, config, gemm, max_tiles, stream))
+  if (cudaError_t error = launch_tiled<Act>(Epilogue::kGateUp, config, gemm, max_tiles, stream))
     return error;
 
   gemm.x = args.hidden;
@@ -111,7 +111,7 @@ cudaError_t run_moe(const MoeArgs& args, cudaStream_t stream) {
   gemm.out = args.partial;
   gemm.n = int(args.d);
   gemm.k = int(args.inner);
-  if (cudaError_t error = launch_gemm<Act>(Epilogue::kDown, config, gemm, max_tiles, stream))
+  if (cudaError_t error = launch_tiled<Act>(Epilogue::kDown, config, gemm, max_tiles, stream))
     return error;
 
   const int64_t elements = args.tokens * args.d;

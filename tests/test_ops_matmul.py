@@ -26,6 +26,9 @@ def cases():
         if n * k <= 100 * 96:
             yield pytest.param("reference", n, k)
         yield pytest.param("cuda", n, k, marks=pytest.mark.gpu)
+    # K in several stages of the streaming kernels: of 12 warps with a rest, of 16 warps.
+    for n, k in ((160, 3584), (4800, 8192)):
+        yield pytest.param("cuda", n, k, marks=pytest.mark.gpu)
 
 
 def outputs(implementation, x, w, biases_and_dtypes, ms):

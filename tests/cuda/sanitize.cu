@@ -72,6 +72,28 @@ void expect_written(const Buffer<float>& out, const char* what) {
     }
 }
 
+int run_matmul(DType type, int m, int n, int k) {
+  Packed w(n, k);
+  Buffer<uint8_t>* bias = activations(n, DType::kBF16);
+  Buffer<uint8_t>* x = activations(size_t(m) * k, type);
+  Buffer<float> out(size_t(m) * n);
+  MatmulArgs args = {};
+  args.x = x->data;
+  args.x_type = type;
+  args.weights = w.view();
+  args.bias = {m % 2 ? bias->data : nullptr, DType::kBF16};
+  args.out = out.data;
+  args.out_type = DType::kF32;
+  args.m = m;
+  args.n = n;
+  args.k = k;
+  check(matmul(args, 0), "matmul");
+  expect_written(out, "matmul");
+  delete x;
+  delete bias;
+  return 1;
+}
+
 }  // namespace
 
 int main() {
@@ -94,29 +116,12 @@ int main() {
   }
   for (DType type : types)
     for (int k : {32, 96, 288, 1184})
-      for (int n : {1, 8, 100, 130}) {
-        Packed w(n, k);
-        Buffer<uint8_t>* bias = activations(n, DType::kBF16);
-        for (int m : {1, 3, 9, 17, 65, 130}) {
-          Buffer<uint8_t>* x = activations(size_t(m) * k, type);
-          Buffer<float> out(size_t(m) * n);
-          MatmulArgs args = {};
-          args.x = x->data;
-          args.x_type = type;
-          args.weights = w.view();
-          args.bias = {m % 2 ? bias->data : nullptr, DType::kBF16};
-          args.out = out.data;
-          args.out_type = DType::kF32;
-          args.m = m;
-          args.n = n;
-          args.k = k;
-          check(matmul(args, 0), "matmul");
-          expect_written(out, "matmul");
-          delete x;
-          ++calls;
-        }
-        delete bias;
-      }
+      for (int n : {1, 8, 100, 130, 160})
+        for (int m : {1, 3, 9, 17, 65, 130}) calls += run_matmul(type, m, n, k);
+  // Several stages per row, with 12 and with 16 warps, and more tiles than multiprocessors.
+  for (int k : {2880, 3584, 8192})
+    for (int n : {16, 4800})
+      for (int m : {1, 8, 16}) calls += run_matmul(DType::kBF16, m, n, k);
   for (DType type : types)
     for (int tokens : {1, 5, 70, 300})
       for (int experts : {1, 4, 33}) {

@@ -2,7 +2,7 @@
 // unit.
 #pragma once
 
-#include "gemm.cuh"
+#include "gemm_tiled.cuh"
 
 namespace jax_mxfp4 {
 
@@ -11,6 +11,8 @@ cudaError_t launch_epilogue(int config, const GemmArgs& args, int64_t tiles_m,
                             cudaStream_t stream) {
   if constexpr (kConfig == kNumGemmConfigs) {
     return cudaErrorInvalidValue;
+  } else if constexpr (kGemmConfigs[kConfig].kind != GemmKind::kTiled) {
+    return launch_epilogue<Act, kEpilogue, kConfig + 1>(config, args, tiles_m, stream);
   } else {
     if (config == kConfig) return launch_config<Act, kConfig, kEpilogue>(args, tiles_m, stream);
     return launch_epilogue<Act, kEpilogue, kConfig + 1>(config, args, tiles_m, stream);
@@ -18,8 +20,8 @@ cudaError_t launch_epilogue(int config, const GemmArgs& args, int64_t tiles_m,
 }
 
 template <typename Act>
-cudaError_t launch_gemm(Epilogue epilogue, int config, const GemmArgs& args, int64_t tiles_m,
-                        cudaStream_t stream) {
+cudaError_t launch_tiled(Epilogue epilogue, int config, const GemmArgs& args, int64_t tiles_m,
+                         cudaStream_t stream) {
   switch (epilogue) {
     case Epilogue::kDense:
       return launch_epilogue<Act, Epilogue::kDense>(config, args, tiles_m, stream);

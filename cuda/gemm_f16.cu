@@ -1,4 +1,0 @@
-#include "gemm_launch.cuh"
-
-template cudaError_t jax_mxfp4::launch_gemm<__half>(Epilogue, int, const GemmArgs&, int64_t,
-                                                    cudaStream_t);

@@ -1,0 +1,4 @@
+#include "gemm_tiled_launch.cuh"
+
+template cudaError_t jax_mxfp4::launch_tiled<float>(Epilogue, int, const GemmArgs&, int64_t,
+                                                    cudaStream_t);

@@ -1,0 +1,79 @@
+"""The choice of a compiled kernel, a pure function of the shape, for every shape that has a name."""
+
+from itertools import product
+
+import pytest
+
+from jax_mxfp4 import ffi
+
+SHAPES = {
+    "qkv": (5120, 2880),
+    "o_proj": (2880, 4096),
+    "gate_up": (5760, 2880),
+    "down": (2880, 2880),
+    "lm_head": (201088, 2880),
+    "llama70b_up": (28672, 8192),
+    "llama70b_down": (8192, 28672),
+}
+MS = [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 128, 1024, 4096]
+H100 = 132
+
+
+@pytest.fixture(scope="module")
+def select():
+    native = pytest.importorskip("jax_mxfp4._native", reason="the native module is not built")
+    return native.select_gemm_config
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_named_shapes_stream_up_to_16_tokens(select, name):
+    for m in MS:
+        config = select(m, *SHAPES[name], H100)
+        assert config["kind"] == ("streaming" if m <= 16 else "tiled")
+        assert config["tile_m"] >= min(m, 8)
+
+
+def test_streaming_needs_the_hardware(select):
+    for m, shape in product(MS, SHAPES.values()):
+        assert select(m, *shape, 0)["kind"] == "tiled"
+
+
+def test_streaming_covers_all_tokens_and_whole_tiles(select):
+    for m, n, k in product((1, 8, 9, 16), range(8, 400, 8), (32, 64, 96, 2880, 3200, 4096, 8192)):
+        config = select(m, n, k, H100)
+        if config["kind"] == "streaming":
+            assert config["tile_m"] >= m
+            assert n % config["tile_n"] == 0
+            # Bulk copies move multiples of 16 bytes: the scales of a row, where they are split.
+            assert k <= config["stage_k"] or k // 32 % 16 == 0
+        else:
+            assert n % 16 or (k > 3072 and k // 32 % 16)
+
+
+@pytest.mark.parametrize(
+    ("n", "tile_n"),
+    [
+        (5120, 16),  # 320 tiles of 16 on 132: at most 48 rows each; of 32: 64
+        (2880, 32),  # 32 rows each either way, and wider tiles read the activations less often
+        (201088, 32),
+    ],
+)
+def test_tiles_balance_the_multiprocessors(select, n, tile_n):
+    assert select(1, n, 2880, H100)["tile_n"] == tile_n
+
+
+def test_ragged_rows_are_tiled(select):
+    assert select(1, 8191, 4096, H100)["kind"] == "tiled"
+    assert select(1, 100, 64, H100)["kind"] == "tiled"
+
+
+def test_the_index_names_one_configuration(select):
+    found = {}
+    for m, shape, multiprocessors in product(MS, SHAPES.values(), (0, H100)):
+        config = select(m, *shape, multiprocessors)
+        assert found.setdefault(config["index"], config) == config
+    assert len(found) > 3
+
+
+def test_the_module_reports_its_build():
+    assert ffi.build_info()["cuda_kernels"] is ffi.has_cuda_kernels()
