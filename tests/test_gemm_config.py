@@ -1,4 +1,4 @@
-"""The choice of a compiled kernel, a pure function of the shape, for every shape that has a name."""
+"""The choice of a compiled kernel, a pure function of the shape, for all shapes with a name."""
 
 from itertools import product
 
