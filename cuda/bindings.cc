@@ -20,17 +20,31 @@ nb::dict registrations() {
   return targets;
 }
 
-nb::dict select_gemm_config(int64_t m, int64_t n, int64_t k, int streaming_multiprocessors) {
-  const int index = jax_mxfp4::select_gemm_config({m, n, k, streaming_multiprocessors});
-  const jax_mxfp4::GemmConfig& config = jax_mxfp4::kGemmConfigs[index];
+const char* name_of(jax_mxfp4::GemmKind kind) {
+  switch (kind) {
+    case jax_mxfp4::GemmKind::kStreaming:
+      return "streaming";
+    case jax_mxfp4::GemmKind::kWgmma:
+      return "wgmma";
+    default:
+      return "tiled";
+  }
+}
+
+nb::dict select_gemm(int64_t m, int64_t n, int64_t k, int streaming_multiprocessors,
+                     int wgmma_multiprocessors) {
+  const jax_mxfp4::GemmChoice choice =
+      jax_mxfp4::select_gemm({m, n, k, streaming_multiprocessors, wgmma_multiprocessors});
+  const jax_mxfp4::GemmConfig& config = jax_mxfp4::kGemmConfigs[choice.config];
   nb::dict result;
-  result["index"] = index;
-  result["kind"] = config.kind == jax_mxfp4::GemmKind::kStreaming ? "streaming" : "tiled";
+  result["index"] = choice.config;
+  result["kind"] = name_of(config.kind);
   result["tile_m"] = config.tile_m;
   result["tile_n"] = config.tile_n();
   result["stage_k"] = 128 * config.stage_chunks();
   result["warps_k"] = config.warps_k;
   result["stages"] = config.stages;
+  result["split"] = choice.split;
   return result;
 }
 
@@ -58,7 +72,7 @@ NB_MODULE(_native, m) {
   m.def(
       "cuda_architectures", [] { return std::string(JAX_MXFP4_CUDA_ARCHITECTURES); },
       "CMAKE_CUDA_ARCHITECTURES of the build; empty without CUDA.");
-  m.def("select_gemm_config", &select_gemm_config, nb::arg("m"), nb::arg("n"), nb::arg("k"),
-        nb::arg("streaming_multiprocessors"),
+  m.def("select_gemm", &select_gemm, nb::arg("m"), nb::arg("n"), nb::arg("k"),
+        nb::arg("streaming_multiprocessors"), nb::arg("wgmma_multiprocessors"),
         "The compiled configuration that serves y[m, n] = x[m, k] w[n, k]^T.");
 }

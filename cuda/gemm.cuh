@@ -159,6 +159,19 @@ struct Activation<float> {
   }
 };
 
+// A position in a ring of barriers: which one, and the parity of its current phase.
+template <int kSize>
+struct Ring {
+  int index = 0;
+  uint32_t parity = 0;
+  __device__ void advance() {
+    if (++index == kSize) {
+      index = 0;
+      parity ^= 1;
+    }
+  }
+};
+
 // More than 48 KB of shared memory is an opt-in per kernel and device: a host call, legal during
 // stream capture, made once.
 template <auto kKernel>

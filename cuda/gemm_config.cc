@@ -15,13 +15,18 @@ bool fits_streaming(const GemmConfig& config, const GemmShape& shape) {
          shape.n % config.tile_n() == 0 && (one_stage || scales_per_row % 16 == 0);
 }
 
+// K in whole stages, which is what the warps walk through.
+int64_t padded_k(const GemmConfig& config, const GemmShape& shape) {
+  const int64_t stage = 128 * config.stage_chunks();
+  return ceil_div(shape.k, stage) * stage;
+}
+
 // Rows that the busiest multiprocessor gets: what the slowest one streams is the time.
 int64_t rows_of_busiest(const GemmConfig& config, const GemmShape& shape) {
   return ceil_div(shape.n / config.tile_n(), shape.streaming_multiprocessors) * config.tile_n();
 }
 
 int select_streaming(const GemmShape& shape) {
-  const bool wide = ceil_div(shape.k, 128) % 32 == 0;  // whole stages for 16 warps of two chunks
   int best = -1;
   for (int i = 0; i < kNumGemmConfigs; ++i) {
     const GemmConfig& config = kGemmConfigs[i];
@@ -31,11 +36,12 @@ int select_streaming(const GemmShape& shape) {
       continue;
     }
     const GemmConfig& other = kGemmConfigs[best];
-    // The smallest token tile, then the number of warps that K divides into, then balance; of two
-    // equals the later has more rows, so each activation read serves more weights.
+    // The smallest token tile, then the stage that K fits best, then balance; of two equals the
+    // later has more rows, so each activation read serves more weights.
     if (config.tile_m != other.tile_m) continue;
-    if (config.warps_k != other.warps_k) {
-      if ((config.warps_k == 16) == wide) best = i;
+    const int64_t padded = padded_k(config, shape), best_padded = padded_k(other, shape);
+    if (padded != best_padded) {
+      if (padded < best_padded) best = i;
       continue;
     }
     if (rows_of_busiest(config, shape) <= rows_of_busiest(other, shape)) best = i;
@@ -43,16 +49,55 @@ int select_streaming(const GemmShape& shape) {
   return best;
 }
 
+// A product's time in microseconds: steps of all waves of tiles, and what was measured beside them,
+// a launch, the start and end of a wave and the exchange of sums, which grows with the tile.
+float wgmma_us(const GemmConfig& config, const GemmShape& shape, int64_t tiles, int split) {
+  constexpr float kLaunch = 4.0f, kWave = 1.5f, kExchange = 1.0f, kExchangePerSum = 1.0f / 8192;
+  const int64_t waves = ceil_div(tiles * split, shape.wgmma_multiprocessors);
+  const int64_t steps = ceil_div(shape.k / 64, split);
+  const float exchange =
+      split > 1 ? kExchange + kExchangePerSum * float(config.tile_m * config.tile_n()) : 0.0f;
+  return kLaunch + float(waves) * (float(steps) * config.wgmma.step_us + kWave) + exchange;
+}
+
+// K is split only where all clusters run at once; they do not quite fill the GPU, whose groups of
+// multiprocessors are not multiples of every cluster.
+constexpr int kSplits[] = {1, 2, 3, 4, 5, 8};
+
+GemmChoice select_wgmma(const GemmShape& shape) {
+  GemmChoice best = {-1, 1};
+  float best_us = 0;
+  for (int i = 0; i < kNumGemmConfigs; ++i) {
+    const GemmConfig& config = kGemmConfigs[i];
+    if (config.kind != GemmKind::kWgmma) continue;
+    const int64_t tiles = ceil_div(shape.m, config.tile_m) * ceil_div(shape.n, config.tile_n());
+    for (const int split : kSplits) {
+      if (split > 1 && (tiles * split > shape.wgmma_multiprocessors * 31 / 32 ||
+                        split > shape.k / 64 || config.tile_m > kMaxSplitTileM))
+        continue;
+      const float us = wgmma_us(config, shape, tiles, split);
+      if (best.config < 0 || us < best_us) {
+        best = {i, split};
+        best_us = us;
+      }
+    }
+  }
+  return best;
+}
+
 }  // namespace
 
-int select_gemm_config(const GemmShape& shape) {
+GemmChoice select_gemm(const GemmShape& shape) {
   if (shape.streaming_multiprocessors > 0) {
     const int streaming = select_streaming(shape);
-    if (streaming >= 0) return streaming;
+    if (streaming >= 0) return {streaming, 1};
   }
-  if (shape.m <= 16) return 0;  // at most two token tiles; the second read of the weights hits L2
-  if (shape.m <= 64) return 1;
-  return 2;
+  if (shape.wgmma_multiprocessors > 0 && shape.m > 8 && shape.k % 64 == 0)
+    return select_wgmma(shape);
+  if (shape.m <= 16)
+    return {0, 1};  // at most two token tiles; the second read of the weights hits L2
+  if (shape.m <= 64) return {1, 1};
+  return {2, 1};
 }
 
 }  // namespace jax_mxfp4

@@ -10,15 +10,24 @@ struct GemmShape {
   int64_t m;  // rows of x; for grouped products the mean number of rows per expert, rounded up
   int64_t n;
   int64_t k;
-  // Multiprocessors that can run the streaming kernels: 0 for GPUs without bulk copies (before
-  // sm_90), for activations other than bf16 and for grouped products.
+  // What the device and the call allow beside the tiled kernels: multiprocessors for the streaming
+  // kernels (sm_90 and later) and for the wgmma kernels (sm_90 only). Both are 0 for activations
+  // other than bf16 and for grouped products.
   int streaming_multiprocessors;
+  int wgmma_multiprocessors;
 };
 
 enum class GemmKind {
   kTiled,      // gemm_tiled.cuh: a thread block per output tile, mma.sync, sm_80 and later
   kStreaming,  // gemm_streaming.cuh: a thread block per multiprocessor, bulk copies, sm_90 and
                // later
+  kWgmma,      // gemm_wgmma.cuh: warpgroups, sm_90 only
+};
+
+struct WgmmaSchedule {
+  bool ahead;     // codes are fetched one batch ahead; pays where registers are left
+  bool turns;     // warpgroups multiply in a fixed order
+  float step_us;  // measured: one tile, 64 elements of K
 };
 
 struct GemmConfig {
@@ -27,8 +36,10 @@ struct GemmConfig {
   int rows;     // 16-row weight tiles of one warp
   int warps_n;  // warps side by side along N
   int warps_k;  // warps that share the rows and split K; their sums are added in a fixed order
-  int chunks;   // 128-element chunks of K that a warp takes from one stage
-  int stages;   // buffers in flight: of activations (tiled) or of packed weights (streaming)
+  int chunks;   // of K that a warp takes from one stage, 128 elements each; wgmma: blocks of K
+                // that it decodes at a time
+  int stages;   // buffers in flight: of packed weights (streaming), of activations (others)
+  WgmmaSchedule wgmma = {};  // wgmma only
 
   constexpr int tile_n() const { return 16 * rows * warps_n; }
   constexpr int stage_chunks() const { return warps_k * chunks; }
@@ -50,13 +61,37 @@ inline constexpr GemmConfig kGemmConfigs[] = {
     {GemmKind::kStreaming, 8, 2, 1, 12, 2, 3},
     {GemmKind::kStreaming, 8, 1, 1, 16, 2, 4},
     {GemmKind::kStreaming, 8, 2, 1, 16, 2, 2},
-    // Up to 16 tokens: twice the activation registers, so no 16-warp variant.
+    // Up to 16 tokens, K in one stage: twice the activation registers, so no 16-warp variant.
     {GemmKind::kStreaming, 16, 1, 1, 12, 2, 5},
     {GemmKind::kStreaming, 16, 2, 1, 12, 2, 2},
+    // Longer K: every tile reads all activations again, so that the rows of a tile decide how much
+    // L2 has to deliver beside the weights.
+    {GemmKind::kStreaming, 16, 2, 1, 8, 2, 3},
+    {GemmKind::kStreaming, 16, 4, 1, 8, 1, 3},
+    // More tokens. 192-row tiles divide 2880 and 5760, 256-row tiles suit the powers of two, and
+    // 128-row tiles fill the GPU where the others are too few.
+    {GemmKind::kWgmma, 32, 1, 12, 1, 2, 8, {false, true, 0.42f}},
+    {GemmKind::kWgmma, 32, 1, 16, 1, 2, 8, {false, true, 0.61f}},
+    {GemmKind::kWgmma, 64, 1, 8, 1, 2, 8, {true, true, 0.39f}},
+    {GemmKind::kWgmma, 64, 1, 12, 1, 2, 8, {false, true, 0.45f}},
+    {GemmKind::kWgmma, 64, 1, 16, 1, 2, 8, {false, true, 0.71f}},
+    {GemmKind::kWgmma, 128, 1, 8, 1, 2, 6, {true, true, 0.47f}},
+    {GemmKind::kWgmma, 128, 1, 12, 1, 2, 6, {true, false, 0.66f}},
+    // Each decoded weight serves 192 or 256 tokens.
+    {GemmKind::kWgmma, 192, 1, 8, 1, 2, 5, {true, true, 0.58f}},
+    {GemmKind::kWgmma, 256, 1, 8, 1, 2, 5, {true, true, 0.70f}},
 };
 inline constexpr int kNumGemmConfigs = sizeof(kGemmConfigs) / sizeof(kGemmConfigs[0]);
 
-// Index into kGemmConfigs. The result depends on the shape alone: equal shapes give equal bits.
-int select_gemm_config(const GemmShape& shape);
+// The exchange of sums takes place in the memory of the pipeline.
+inline constexpr int kMaxSplitTileM = 128;
+
+struct GemmChoice {
+  int config;  // index into kGemmConfigs
+  int split;   // thread blocks that split K of one tile; 1 but for wgmma
+};
+
+// The result depends on the shape alone: equal shapes give equal bits.
+GemmChoice select_gemm(const GemmShape& shape);
 
 }  // namespace jax_mxfp4

@@ -1,19 +1,23 @@
 // Dense y = x * w^T + bias: choose a configuration, launch it.
 #include "gemm_streaming.cuh"
 #include "gemm_tiled.cuh"
+#include "gemm_wgmma.cuh"
 
 namespace jax_mxfp4 {
 namespace {
 
-// What GemmShape::streaming_multiprocessors says of this call; 0 where the device cannot be asked.
-int streaming_multiprocessors(DType x_type) {
-  if (x_type != DType::kBF16) return 0;
-  int device, major, count;
-  if (cudaGetDevice(&device) ||
+// What the device of this call allows; nothing where it cannot be asked.
+GemmShape describe(const MatmulArgs& args) {
+  GemmShape shape = {args.m, args.n, args.k, 0, 0};
+  int device, major, minor, count;
+  if (args.x_type != DType::kBF16 || cudaGetDevice(&device) ||
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) ||
       cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device))
-    return 0;
-  return major >= 9 ? count : 0;
+    return shape;
+  if (major >= 9) shape.streaming_multiprocessors = count;
+  if (major == 9 && minor == 0) shape.wgmma_multiprocessors = count;
+  return shape;
 }
 
 }  // namespace
@@ -28,19 +32,21 @@ cudaError_t matmul(const MatmulArgs& args, cudaStream_t stream) {
   gemm.m = args.m;
   gemm.n = int(args.n);
   gemm.k = int(args.k);
-  const int multiprocessors = streaming_multiprocessors(args.x_type);
-  const int config = select_gemm_config({args.m, args.n, args.k, multiprocessors});
-  if (kGemmConfigs[config].kind == GemmKind::kStreaming)
-    return launch_streaming(config, gemm, multiprocessors, stream);
-  const int64_t tile_m = kGemmConfigs[config].tile_m;
-  const int64_t tiles_m = (args.m + tile_m - 1) / tile_m;
+  const GemmShape shape = describe(args);
+  const GemmChoice choice = select_gemm(shape);
+  const GemmConfig& config = kGemmConfigs[choice.config];
+  if (config.kind == GemmKind::kStreaming)
+    return launch_streaming(choice.config, gemm, shape.streaming_multiprocessors, stream);
+  if (config.kind == GemmKind::kWgmma)
+    return launch_wgmma(choice.config, choice.split, gemm, shape.wgmma_multiprocessors, stream);
+  const int64_t tiles_m = (args.m + config.tile_m - 1) / config.tile_m;
   switch (args.x_type) {
     case DType::kBF16:
-      return launch_tiled<__nv_bfloat16>(Epilogue::kDense, config, gemm, tiles_m, stream);
+      return launch_tiled<__nv_bfloat16>(Epilogue::kDense, choice.config, gemm, tiles_m, stream);
     case DType::kF16:
-      return launch_tiled<__half>(Epilogue::kDense, config, gemm, tiles_m, stream);
+      return launch_tiled<__half>(Epilogue::kDense, choice.config, gemm, tiles_m, stream);
     default:
-      return launch_tiled<float>(Epilogue::kDense, config, gemm, tiles_m, stream);
+      return launch_tiled<float>(Epilogue::kDense, choice.config, gemm, tiles_m, stream);
   }
 }
 

@@ -78,7 +78,7 @@ template <typename Act>
 cudaError_t run_moe(const MoeArgs& args, cudaStream_t stream) {
   const int64_t pairs = args.tokens * args.top_k;
   const int64_t mean_rows = (pairs + args.experts - 1) / args.experts;
-  const int config = select_gemm_config({mean_rows, 2 * args.inner, args.d, 0});
+  const int config = select_gemm({mean_rows, 2 * args.inner, args.d, 0, 0}).config;
   const int tile_m = kGemmConfigs[config].tile_m;
   const int64_t max_tiles = moe_max_tiles(pairs, args.experts, tile_m);
   int32_t* sorted_pairs = args.schedule;

@@ -32,6 +32,8 @@ struct ScaleFactor {
   uint32_t second;  // bf16x2; one unless is_wide
 };
 
+constexpr uint32_t kLargestNarrow = 128;  // scale bytes up to here need one factor
+
 __device__ __forceinline__ bool is_wide(uint32_t byte) { return byte - 129u < 126u; }
 
 __device__ __forceinline__ ScaleFactor scale_factor(uint32_t byte) {
@@ -41,19 +43,36 @@ __device__ __forceinline__ ScaleFactor scale_factor(uint32_t byte) {
   return {first * 0x00010001u, second * 0x00010001u};
 }
 
+// The factor of a scale that is not wide, without the cases of scale_factor: two operations fewer
+// in loops that have already asked whether any scale is beyond 128.
+__device__ __forceinline__ uint32_t narrow_factor(uint32_t byte) {
+  return byte * 0x00800080u + 126u * 0x00800080u;
+}
+
 // Eight codes of one word -> four bf16x2 of exact products with the scale. The halves of a register
 // hold elements four apart, because one AND and one shift then place both at once:
 //   out[0] = {e0, e4}  out[1] = {e1, e5}  out[2] = {e2, e6}  out[3] = {e3, e7}
-template <bool kWide>
+//
+// A code's sign belongs to bit 15 and its e, e, m to bits 8..6, where bf16 keeps its exponent's end
+// and mantissa's top: shifts by two amounts. With kMultiply one multiplication does both, on the
+// FMA pipe; that wins where the logic pipe is the limit, and loses where multiplications already
+// are.
+template <bool kWide, bool kMultiply = false>
 __device__ __forceinline__ void decode8(uint32_t word, const ScaleFactor& scale,
                                         uint32_t (&out)[4]) {
+  const uint32_t upper = word >> 8;
 #pragma unroll
   for (int i = 3; i >= 0; --i) {
-    // Sign to bit 15; e, e, m to bits 8..6, where bf16 keeps its exponent's end and mantissa's top.
-    uint32_t raw = (word & 0x80008000u) | ((word & 0x70007000u) >> 6);
+    uint32_t raw;
+    if (kMultiply) {
+      const uint32_t codes = (i < 2 ? word : upper) & (i % 2 ? 0x00f000f0u : 0x000f000fu);
+      raw = (codes * (i % 2 ? 0x0104u : 0x1040u)) & 0x81c081c0u;
+    } else {
+      const uint32_t codes = word << (12 - 4 * i);
+      raw = (codes & 0x80008000u) | ((codes & 0x70007000u) >> 6);
+    }
     out[i] = mul_bf16x2(raw, scale.first);
     if (kWide) out[i] = mul_bf16x2(out[i], scale.second);
-    word <<= 4;
   }
 }
 

@@ -22,25 +22,52 @@ H100 = 132
 @pytest.fixture(scope="module")
 def select():
     native = pytest.importorskip("jax_mxfp4._native", reason="the native module is not built")
-    return native.select_gemm_config
+    return native.select_gemm
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_named_shapes_stream_up_to_16_tokens(select, name):
     for m in MS:
-        config = select(m, *SHAPES[name], H100)
-        assert config["kind"] == ("streaming" if m <= 16 else "tiled")
+        config = select(m, *SHAPES[name], H100, H100)
+        assert config["kind"] == ("streaming" if m <= 16 else "wgmma")
         assert config["tile_m"] >= min(m, 8)
 
 
-def test_streaming_needs_the_hardware(select):
+def test_kernels_need_their_hardware(select):
     for m, shape in product(MS, SHAPES.values()):
-        assert select(m, *shape, 0)["kind"] == "tiled"
+        assert select(m, *shape, 0, 0)["kind"] == "tiled"
+        assert select(m, *shape, H100, 0)["kind"] == ("streaming" if m <= 16 else "tiled")
+        assert select(m, *shape, 0, H100)["kind"] == ("wgmma" if m > 8 else "tiled")
+
+
+def test_wgmma_reads_64_of_k_at_a_time(select):
+    for m, k in product((17, 64, 300), (32, 96, 160)):
+        assert select(m, 256, k, H100, H100)["kind"] == "tiled"
+        assert select(m, 256, k + 32, H100, H100)["kind"] == "wgmma"
+
+
+def test_clusters_that_split_k_run_at_once(select):
+    for m, n, k in product((17, 33, 100, 128, 300, 1000), range(8, 9000, 184), (64, 320, 2880)):
+        config = select(m, n, k, H100, H100)
+        if config["split"] == 1:
+            continue
+        assert config["kind"] == "wgmma"
+        tiles = -(-m // config["tile_m"]) * -(-n // config["tile_n"])
+        assert tiles * config["split"] <= H100
+        assert config["split"] <= k // 64  # every thread block has some of K
+
+
+def test_tiles_follow_the_tokens(select):
+    """No tile is twice as wide as the tokens need, and many tokens get the widest."""
+    for m, shape in product((17, 33, 65, 129, 257), SHAPES.values()):
+        assert select(m, *shape, H100, H100)["tile_m"] < 2 * max(m, 32)
+    for shape in SHAPES.values():
+        assert select(4096, *shape, H100, H100)["tile_m"] == 256
 
 
 def test_streaming_covers_all_tokens_and_whole_tiles(select):
     for m, n, k in product((1, 8, 9, 16), range(8, 400, 8), (32, 64, 96, 2880, 3200, 4096, 8192)):
-        config = select(m, n, k, H100)
+        config = select(m, n, k, H100, 0)
         if config["kind"] == "streaming":
             assert config["tile_m"] >= m
             assert n % config["tile_n"] == 0
@@ -59,20 +86,21 @@ def test_streaming_covers_all_tokens_and_whole_tiles(select):
     ],
 )
 def test_tiles_balance_the_multiprocessors(select, n, tile_n):
-    assert select(1, n, 2880, H100)["tile_n"] == tile_n
+    assert select(1, n, 2880, H100, H100)["tile_n"] == tile_n
 
 
 def test_ragged_rows_are_tiled(select):
-    assert select(1, 8191, 4096, H100)["kind"] == "tiled"
-    assert select(1, 100, 64, H100)["kind"] == "tiled"
+    assert select(1, 8191, 4096, H100, H100)["kind"] == "tiled"
+    assert select(1, 100, 64, H100, H100)["kind"] == "tiled"
 
 
 def test_the_index_names_one_configuration(select):
     found = {}
     for m, shape, multiprocessors in product(MS, SHAPES.values(), (0, H100)):
-        config = select(m, *shape, multiprocessors)
+        config = select(m, *shape, multiprocessors, multiprocessors)
+        config.pop("split")
         assert found.setdefault(config["index"], config) == config
-    assert len(found) > 3
+    assert len(found) > 8
 
 
 def test_the_module_reports_its_build():

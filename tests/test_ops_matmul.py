@@ -26,8 +26,9 @@ def cases():
         if n * k <= 100 * 96:
             yield pytest.param("reference", n, k)
         yield pytest.param("cuda", n, k, marks=pytest.mark.gpu)
-    # K in several stages of the streaming kernels: of 12 warps with a rest, of 16 warps.
-    for n, k in ((160, 3584), (4800, 8192)):
+    # K in several stages of the streaming kernels, of 12 warps with a rest and of 16 warps, and
+    # more rows than one wave of 192-row tiles. With these the grid reaches every configuration.
+    for n, k in ((160, 3584), (4800, 8192), (28672, 320)):
         yield pytest.param("cuda", n, k, marks=pytest.mark.gpu)
 
 
@@ -95,8 +96,8 @@ def test_accuracy(implementation, n, k, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes_of_bias_and_output(implementation, dtype):
     rng = np.random.default_rng(0)
-    w = random_weight(rng, 96, 96)
-    x = random_floats(rng, 17, 96, dtype=dtype)
+    w = random_weight(rng, 96, 128)
+    x = random_floats(rng, 17, 128, dtype=dtype)
     pairs = [
         (random_floats(rng, 96, dtype=bias_dtype), out_dtype)
         for bias_dtype, out_dtype in product(DTYPES, DTYPES)
@@ -155,8 +156,8 @@ def test_every_scale_byte(implementation, m, dtype):
 @pytest.mark.parametrize("m", SPECIAL_MS)
 def test_nan_scale_poisons_its_row_only(implementation, m):
     rng = np.random.default_rng(3)
-    w = random_weight(rng, 100, 96, scales=(125, 128))
-    x = random_integers(rng, m, 96, dtype=BF16)
+    w = random_weight(rng, 100, 128, scales=(125, 128))
+    x = random_integers(rng, m, 128, dtype=BF16)
     before = np.asarray(mx.matmul(x, w, implementation=implementation))
     w.scales[7, 1] = 255
     after = np.asarray(mx.matmul(x, w, implementation=implementation))

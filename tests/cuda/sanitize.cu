@@ -122,6 +122,11 @@ int main() {
   for (int k : {2880, 3584, 8192})
     for (int n : {16, 4800})
       for (int m : {1, 8, 16}) calls += run_matmul(DType::kBF16, m, n, k);
+  // Warpgroups: one tile and many, K split between thread blocks and not, ragged edges.
+  for (int k : {64, 320, 2880})
+    for (int n : {100, 1000, 9000})
+      for (int m : {17, 65, 130, 300}) calls += run_matmul(DType::kBF16, m, n, k);
+  calls += run_matmul(DType::kBF16, 64, 28672, 128) + run_matmul(DType::kBF16, 1000, 9000, 192);
   for (DType type : types)
     for (int tokens : {1, 5, 70, 300})
       for (int experts : {1, 4, 33}) {
