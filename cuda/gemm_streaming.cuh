@@ -8,7 +8,7 @@
 // epilogue warp adds their sums and writes the previous tile while they work on the next.
 //
 //   producer      | stage 0 | stage 1 | stage 2 | ...            bulk copies -> full[s]
-//   compute warps           | decode, MMA | decode, MMA | ...    -> empty[s], sums[b] -> ready b
+//   compute warps           | decode, MMA | decode, MMA | ...    -> empty s, sums[b] -> ready b
 //   epilogue                              | add, bias, store |   -> free[b]
 //
 // A stage holds tile_n rows of 64 * stage_chunks bytes. The row stride is 64 modulo 128, so that
@@ -51,17 +51,19 @@ struct StreamingGemm {
   static constexpr int kSumBytes = kWarps * kTileM * kSumStride * 4;
   static constexpr int kSumOffset = kStages * kStageBytes;
   static constexpr int kBarrierOffset = kSumOffset + 2 * kSumBytes;
-  static constexpr int kSharedBytes = kBarrierOffset + (kFullBarriers + kStages + 2) * 8;
+  static constexpr int kSharedBytes = kBarrierOffset + (kFullBarriers + 2) * 8;
   static_assert(kStride % 128 == 64 && kStageBytes % 16 == 0 && kSharedBytes <= 227 * 1024);
 
   struct Barriers {
-    uint32_t full, empty, free;  // arrays of kFullBarriers, kStages and 2 barriers
-    __device__ explicit Barriers(uint32_t base)
-        : full(base), empty(full + 8 * kFullBarriers), free(empty + 8 * kStages) {}
+    uint32_t full, free;  // arrays of kFullBarriers and 2
+    __device__ explicit Barriers(uint32_t base) : full(base), free(full + 8 * kFullBarriers) {}
   };
-  // Sums are handed over by a hardware barrier: every lane that wrote takes part, which one
-  // mbarrier would have to count one by one.
-  static constexpr int kReadyThreads = 32 * (kWarps + 1);
+
+  // Sums and empty stages are handed over by named barriers: every lane that wrote or read takes
+  // part, which an mbarrier would have to count one by one.
+  static constexpr int kReady = 1, kReadyThreads = 32 * (kWarps + 1);
+  static constexpr int kEmpty = 3, kEmptyThreads = 32 * (kWarps + kProducers);
+  static_assert(kEmpty + kStages <= 16);
 
   __device__ static int slices(const GemmArgs& args) {
     return (args.k + 2 * kRowBytes - 1) / (2 * kRowBytes);
@@ -76,10 +78,12 @@ struct StreamingGemm {
     const int blocks_per_row = args.k / kBlockSize;
     const int num_slices = slices(args);
     Ring<kStages> ring;
+    int fill = 0;
     for (int tile = blockIdx.x; tile < args.n / kTileN; tile += gridDim.x) {
       const int64_t first_block = int64_t(tile) * kTileN * blocks_per_row;
       for (int slice = 0; slice < num_slices; ++slice, ring.advance()) {
-        ptx::barrier_wait(barriers.empty + 8 * ring.index, ring.parity ^ 1);
+        __syncwarp();
+        if (fill++ >= kStages) ptx::named_barrier_sync(kEmpty + ring.index, kEmptyThreads);
         const uint32_t stage = shared + ring.index * kStageBytes;
         const int scales = min(kRowScales, blocks_per_row - slice * kRowScales);
         const int64_t block = first_block + int64_t(row) * blocks_per_row + slice * kRowScales;
@@ -274,8 +278,7 @@ struct StreamingGemm {
           else
             multiply_chunk<kCached>(args, stage, scale_stride, local, chunk, x, acc);
         }
-        __syncwarp();
-        if (lane == 0) ptx::barrier_arrive(barriers.empty + 8 * ring.index);
+        ptx::named_barrier_arrive(kEmpty + ring.index, kEmptyThreads);
       }
       ptx::barrier_wait(barriers.free + 8 * sum_ring.index, sum_ring.parity ^ 1);
       float* mine = sums + (sum_ring.index * kWarps + warp) * kTileM * kSumStride;
@@ -286,7 +289,7 @@ struct StreamingGemm {
 #pragma unroll
           for (int c = 0; c < 4; ++c)
             mine[(8 * j + 2 * t + c % 2) * kSumStride + 16 * r + 8 * (c / 2) + g] = acc[r][j][c];
-      ptx::named_barrier_arrive(1 + sum_ring.index, kReadyThreads);
+      ptx::named_barrier_arrive(kReady + sum_ring.index, kReadyThreads);
       sum_ring.advance();
     }
   }
@@ -296,7 +299,7 @@ struct StreamingGemm {
     const int lane = threadIdx.x % 32;
     Ring<2> ring;
     for (int tile = blockIdx.x; tile < args.n / kTileN; tile += gridDim.x, ring.advance()) {
-      ptx::named_barrier_sync(1 + ring.index, kReadyThreads);
+      ptx::named_barrier_sync(kReady + ring.index, kReadyThreads);
       const float* tile_sums = sums + ring.index * kWarps * kTileM * kSumStride;
       // Four rows a lane: this warp must keep up with all others.
       for (int i = lane; i < int(args.m) * (kTileN / 4); i += 32) {
@@ -328,7 +331,6 @@ struct StreamingGemm {
     const Barriers barriers(shared + kBarrierOffset);
     if (threadIdx.x == 0) {
       for (int b = 0; b < kFullBarriers; ++b) ptx::barrier_init(barriers.full + 8 * b, 1);
-      for (int s = 0; s < kStages; ++s) ptx::barrier_init(barriers.empty + 8 * s, kWarps);
       for (int b = 0; b < 2; ++b) ptx::barrier_init(barriers.free + 8 * b, 32);
       ptx::barrier_init_fence();
     }
