@@ -70,16 +70,15 @@ inline constexpr GemmConfig kGemmConfigs[] = {
     {GemmKind::kStreaming, 16, 4, 1, 8, 1, 3},
     // More tokens. 192-row tiles divide 2880 and 5760, 256-row tiles suit the powers of two, and
     // 128-row tiles fill the GPU where the others are too few.
-    {GemmKind::kWgmma, 32, 1, 12, 1, 2, 8, {false, true, 0.42f}},
-    {GemmKind::kWgmma, 32, 1, 16, 1, 2, 8, {false, true, 0.61f}},
-    {GemmKind::kWgmma, 64, 1, 8, 1, 2, 8, {true, true, 0.39f}},
-    {GemmKind::kWgmma, 64, 1, 12, 1, 2, 8, {false, true, 0.45f}},
-    {GemmKind::kWgmma, 64, 1, 16, 1, 2, 8, {false, true, 0.71f}},
-    {GemmKind::kWgmma, 128, 1, 8, 1, 2, 6, {true, true, 0.47f}},
-    {GemmKind::kWgmma, 128, 1, 12, 1, 2, 6, {true, false, 0.66f}},
+    {GemmKind::kWgmma, 32, 1, 12, 1, 2, 8, {false, true, 0.43f}},
+    {GemmKind::kWgmma, 32, 2, 8, 1, 2, 8, {true, true, 0.59f}},
+    {GemmKind::kWgmma, 64, 1, 8, 1, 2, 8, {true, true, 0.37f}},
+    {GemmKind::kWgmma, 64, 1, 12, 1, 2, 8, {false, true, 0.52f}},
+    {GemmKind::kWgmma, 128, 1, 8, 1, 2, 6, {true, true, 0.48f}},
+    {GemmKind::kWgmma, 128, 1, 12, 1, 2, 6, {true, false, 0.65f}},
     // Each decoded weight serves 192 or 256 tokens.
     {GemmKind::kWgmma, 192, 1, 8, 1, 2, 5, {true, true, 0.58f}},
-    {GemmKind::kWgmma, 256, 1, 8, 1, 2, 5, {true, true, 0.70f}},
+    {GemmKind::kWgmma, 256, 1, 8, 1, 2, 5, {true, true, 0.71f}},
 };
 inline constexpr int kNumGemmConfigs = sizeof(kGemmConfigs) / sizeof(kGemmConfigs[0]);
 

@@ -38,9 +38,7 @@ struct StreamingGemm {
 
   // A stage is announced in kChunks pieces, so that work starts when the first has arrived: where a
   // multiprocessor has one tile only, nothing else would overlap arithmetic with memory.
-  // Every copy warp has a barrier of its own for its rows of a piece.
   static constexpr int kPieces = kStages * kChunks;
-  static constexpr int kFullBarriers = kPieces * kProducers;
   static constexpr int kPieceBytes = kWarps * 64;  // of one row
   static constexpr int kRowBytes = kStageChunks * 64;
   static constexpr int kStride = kRowBytes + (192 - kRowBytes % 128) % 128;
@@ -51,12 +49,12 @@ struct StreamingGemm {
   static constexpr int kSumBytes = kWarps * kTileM * kSumStride * 4;
   static constexpr int kSumOffset = kStages * kStageBytes;
   static constexpr int kBarrierOffset = kSumOffset + 2 * kSumBytes;
-  static constexpr int kSharedBytes = kBarrierOffset + (kFullBarriers + 2) * 8;
+  static constexpr int kSharedBytes = kBarrierOffset + (kPieces + 2) * 8;
   static_assert(kStride % 128 == 64 && kStageBytes % 16 == 0 && kSharedBytes <= 227 * 1024);
 
   struct Barriers {
-    uint32_t full, free;  // arrays of kFullBarriers and 2
-    __device__ explicit Barriers(uint32_t base) : full(base), free(full + 8 * kFullBarriers) {}
+    uint32_t full, free;  // arrays of kPieces and 2
+    __device__ explicit Barriers(uint32_t base) : full(base), free(full + 8 * kPieces) {}
   };
 
   // Sums and empty stages are handed over by named barriers: every lane that wrote or read takes
@@ -92,8 +90,7 @@ struct StreamingGemm {
           const int offset = q * kPieceBytes;
           // A piece past the end of K is announced too, empty: phases of all barriers keep step.
           const int bytes = max(0, min(kPieceBytes, args.k / 2 - slice * kRowBytes - offset));
-          const uint32_t full =
-              barriers.full + 8 * ((ring.index * kChunks + q) * kProducers + producer);
+          const uint32_t full = barriers.full + 8 * (ring.index * kChunks + q);
           const int scale_bytes = q > 0            ? 0
                                   : num_slices > 1 ? rows * scales
                                   : producer == 0  ? kTileN * scales
@@ -268,10 +265,7 @@ struct StreamingGemm {
                                                       : warp;
             tokens.load(args, next);
           }
-#pragma unroll
-          for (int p = 0; p < kProducers; ++p)
-            ptx::barrier_wait(barriers.full + 8 * ((ring.index * kChunks + q) * kProducers + p),
-                              ring.parity);
+          ptx::barrier_wait(barriers.full + 8 * (ring.index * kChunks + q), ring.parity);
           if (chunk >= num_chunks) continue;
           if constexpr (kCached)
             multiply_chunk<kCached>(args, stage, scale_stride, local, chunk, cached[q], acc);
@@ -330,7 +324,7 @@ struct StreamingGemm {
     const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
     const Barriers barriers(shared + kBarrierOffset);
     if (threadIdx.x == 0) {
-      for (int b = 0; b < kFullBarriers; ++b) ptx::barrier_init(barriers.full + 8 * b, 1);
+      for (int p = 0; p < kPieces; ++p) ptx::barrier_init(barriers.full + 8 * p, kProducers);
       for (int b = 0; b < 2; ++b) ptx::barrier_init(barriers.free + 8 * b, 32);
       ptx::barrier_init_fence();
     }

@@ -72,15 +72,22 @@ struct WgmmaGemm {
   static constexpr int kAlignment = 1024;  // of a 128-byte swizzle
   static constexpr int kWOffset = kXStages * kXBytes;
   static constexpr int kFree = 227 * 1024 - kAlignment - 1024 - kWOffset - kStagingBytes;
-  static constexpr int kWStages = kFree / kWBytes < 10 ? kFree / kWBytes : 10;
+  static constexpr int kWStages = kFree / kWBytes < 7 ? kFree / kWBytes : 7;
   static constexpr int kStagingOffset = (kWOffset + kWStages * kWBytes + 1023) / 1024 * 1024;
   static constexpr int kFlagOffset = kStagingOffset + kStagingBytes;  // two per stage of codes
   static constexpr int kBarrierOffset = kFlagOffset + 8 * kWStages;
   static constexpr int kSharedBytes = kBarrierOffset + 16 * (kWStages + kXStages) + kAlignment;
   static_assert(kWStages >= 3 && kSharedBytes <= 227 * 1024);
 
+  // Named barriers: 1 + w for the lanes of warpgroup w, kTurn + w when it is its turn to multiply,
+  // and one for each stage of codes whose factors have been read by every lane.
+  static constexpr int kTurn = 4;
+  static constexpr int kReadThreads = 128 * kWarpgroups + kScaleThreads;
+  static_assert(kWarpgroups <= 3);
+  __device__ static int read_barrier(int stage) { return 7 + stage; }
+
   // The register file holds 64 K; what the copy warpgroup gives up goes to the others.
-  static constexpr int kComputeRegisters = kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 160 : 112;
+  static constexpr int kComputeRegisters = kWarpgroups == 2 ? 232 : 160;
   static constexpr int kCopyRegisters = kWarpgroups == 2 ? 40 : 32;
 
   // Whether the exchange of sums has room in the memory of the rings.
@@ -170,6 +177,7 @@ struct WgmmaGemm {
     constexpr int kRows = kTileN / kScaleThreads;
     const int blocks_per_row = args.k / kBlockSize;
     Ring<kWStages> ring;
+    int fill = 0;
     for (int t = block.first_tile; t < block.tiles; t += block.tile_stride) {
       const int first_row = Tile(args, t).row + thread;
       const uint8_t* scales = args.scales + int64_t(first_row) * blocks_per_row;
@@ -189,7 +197,7 @@ struct WgmmaGemm {
       };
       load(block.begin);
       for (int step = block.begin; step < block.end; step += 2, ring.advance()) {
-        ptx::barrier_wait(block.w_empty + 8 * ring.index, ring.parity ^ 1);
+        if (fill++ >= kWStages) ptx::named_barrier_sync(read_barrier(ring.index), kReadThreads);
         bool wide = false;
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
@@ -300,10 +308,13 @@ struct WgmmaGemm {
     if (threadIdx.x % 32 == 0) ptx::barrier_arrive(barrier);
   }
 
-  using Sums = float[kTiles][kTileM / 2];
+  // Of a stage of codes: for the copy engine and for the warps that write factors.
+  __device__ static void release_codes(const Block& block, int stage) {
+    arrive(block.w_empty + 8 * stage);
+    ptx::named_barrier_arrive(read_barrier(stage), kReadThreads);
+  }
 
-  // Named barriers: 1 + w for the lanes of warpgroup w, kTurn + w when it is its turn to multiply.
-  static constexpr int kTurn = 8;
+  using Sums = float[kTiles][kTileM / 2];
 
   __device__ static void compute(const WgmmaArgs& args, const WgmmaMaps& maps, const Block& block) {
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
@@ -342,11 +353,11 @@ struct WgmmaGemm {
             if (i == 0) ptx::barrier_wait(block.w_full + 8 * w_ring.index, w_ring.parity);
             batches[0].fetch(block, w_ring.index, i, lane_row);
             if (last) {
-              arrive(block.w_empty + 8 * w_ring.index);
+              release_codes(block, w_ring.index);
               w_ring.advance();
             }
           } else if (last) {
-            arrive(block.w_empty + 8 * w_ring.index);
+            release_codes(block, w_ring.index);
             w_ring.advance();
             if (now + 1 < block.end) {
               ptx::barrier_wait(block.w_full + 8 * w_ring.index, w_ring.parity);
