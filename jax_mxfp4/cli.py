@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from jax_mxfp4.cli_checkpoints import register
+from jax_mxfp4 import cli_checkpoints, cli_convert, cli_eval
+from jax_mxfp4.cli_progress import byte_progress
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _NAME = "jax-mxfp4"
 _MAX_SEED = 2**32 - 1
+_DENSE_PARTS = ("attention", "embedding", "unembedding")  # models.gpt_oss.packing.DensePart
 
 
 @dataclass
@@ -85,6 +87,17 @@ def generate(
         Literal["cuda", "reference"] | None,
         typer.Option(help="Of the packed operations.", show_default="by platform"),
     ] = None,
+    cache_format: Annotated[
+        Literal["fp8", "mxfp4"] | None,
+        typer.Option(help="Of keys and values, in fewer bits.", show_default="as --dtype"),
+    ] = None,
+    pack: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Also round these matrices to MXFP4: {', '.join(_DENSE_PARTS)}; can be repeated.",
+            show_default="none",
+        ),
+    ] = None,
 ) -> None:
     """Continue PROMPT with a GPT-OSS model; prints the prompt and its continuation."""
     _check_prompt(prompt)
@@ -92,6 +105,8 @@ def generate(
     _check("--temperature", 0 <= temperature < math.inf, "0 or a positive number", temperature)
     _check("--top-p", 0 < top_p <= 1, "above 0 and at most 1", top_p)
     _check("--seed", 0 <= seed <= _MAX_SEED, f"0 to {_MAX_SEED}", seed)
+    for part in pack or ():
+        _check("--pack", part in _DENSE_PARTS, ", ".join(_DENSE_PARTS), part)
     if model is not None:
         _check("--model", model.exists(), "a checkpoint", f"nothing at {model}")
     if tokenizer is not None:
@@ -112,13 +127,13 @@ def generate(
     path = mini_path() if model is None else model
     console = Console(stderr=True, highlight=False)
     started = time.perf_counter()
-    with _bar(console, DownloadColumn()) as bar:
-        task = bar.add_task("loading", total=None)
+    with byte_progress("loading") as report:
         weights = GptOss.from_pretrained(
             path,
             dtype=dtype,
             implementation=implementation,
-            progress=lambda _, done, total: bar.update(task, completed=done, total=total),
+            pack=cast(Sequence[Any], pack or ()),
+            progress=report,
         )
     encoder = load_tokenizer(path if tokenizer is None else tokenizer)
     console.print(
@@ -136,6 +151,7 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         key=jax.random.key(seed),
+        cache_format=cache_format,
     )
     clock = _continue(prompt, encoder, continue_tokens, max_new_tokens, console)
     console.print(clock.summary(), soft_wrap=True)
@@ -149,7 +165,9 @@ def doctor() -> None:
     typer.echo(render(collect()))
 
 
-register(app)
+cli_convert.register(app)
+cli_checkpoints.register(app)
+cli_eval.register(app)
 
 
 @dataclass
@@ -205,7 +223,7 @@ def _continue(
     text = TextStream(tokenizer)
     live = sys.stdout.isatty()
     pieces = [prompt]
-    with _bar(console, MofNCompleteColumn()) as bar:
+    with _bar(console) as bar:
         task = bar.add_task("compiling", total=max_new_tokens)
 
         def step(new: list[int | None]) -> None:
@@ -229,12 +247,12 @@ def _write(pieces: list[str]) -> None:
     pieces.clear()
 
 
-def _bar(console: Console, amount: DownloadColumn | MofNCompleteColumn) -> Progress:
-    """A progress bar for terminals, where it leaves nothing behind."""
+def _bar(console: Console) -> Progress:
+    """A bar that counts tokens, on terminals only, where it leaves nothing behind."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        amount,
+        MofNCompleteColumn(),
         console=console,
         transient=True,
         disable=not console.is_terminal,

@@ -1,27 +1,19 @@
-"""The commands of `jax-mxfp4` that work on checkpoint files: convert, inspect, verify, diff."""
+"""The commands of `jax-mxfp4` that examine checkpoint files: inspect, verify, diff."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
+from jax_mxfp4.cli_progress import byte_progress
+
 if TYPE_CHECKING:
-    from jax_mxfp4.checkpoints import Progress as Report
     from jax_mxfp4.checkpoints.statistics import TensorSummary
+    from jax_mxfp4.inspection import Verified
 
 _Source = Annotated[
     Path, typer.Argument(help="A checkpoint folder, or a file *.gguf.", show_default=False)
@@ -33,50 +25,47 @@ _WIDE = 200
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
-    for command in (convert, inspect, verify, diff):
+    for command in (inspect, verify, diff):
         app.command()(command)
 
 
-def convert(
+def inspect(
     source: _Source,
-    destination: Annotated[
-        Path, typer.Argument(help="What to create: *.gguf, or a folder.", show_default=False)
-    ],
-    layout: Annotated[
-        Literal["huggingface", "openai", "gguf"] | None,
+    plot: Annotated[
+        Path | None,
         typer.Option(
-            "--to", help="Layout of DESTINATION.", show_default="gguf for *.gguf, else huggingface"
+            metavar="FILE.png",
+            help="Also write the distributions of weights and scales as a picture.",
+            show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Write a GPT-OSS checkpoint in another layout; packed weights keep every bit."""
-    from jax_mxfp4 import convert as conversion
-
-    with _progress("converting") as report:
-        conversion.convert(source, destination, layout, progress=report)
-    Console(stderr=True).print(
-        Text(f"{source} is now also {destination}"), soft_wrap=True, highlight=False
-    )
-
-
-def inspect(source: _Source) -> None:
     """List the tensors of a checkpoint; of packed ones also what their blocks hold."""
     from jax_mxfp4.checkpoints import open_checkpoint
     from jax_mxfp4.checkpoints.statistics import summarize
 
+    if plot is not None:  # what is wrong with it is better known before everything is read
+        from jax_mxfp4.inspection.plots import require_picture
+
+        require_picture(plot)
     table = Table(box=box.SIMPLE)
     table.add_column("tensor", no_wrap=True)
     for heading in ("dtype", "shape"):
         table.add_column(heading, no_wrap=True)
     for heading in ("bytes", "scales", "NaN scales", "saturated", "zero"):
         table.add_column(heading, no_wrap=True, justify="right")
-    total = 0
-    for summary in summarize(open_checkpoint(source)):
-        total += summary.nbytes
+    with byte_progress("reading") as report:
+        summaries = list(summarize(open_checkpoint(source), report))
+    for summary in summaries:
         table.add_row(*(Text(cell) for cell in _cells(summary)))
     console = _results()
     console.print(table)
+    total = sum(summary.nbytes for summary in summaries)
     console.print(f"{table.row_count} tensors, {total:,} bytes")
+    if plot is not None:
+        from jax_mxfp4.inspection.plots import plot_distributions
+
+        plot_distributions(summaries, plot, str(source))
 
 
 def _cells(summary: "TensorSummary") -> tuple[str, ...]:
@@ -94,22 +83,38 @@ def _cells(summary: "TensorSummary") -> tuple[str, ...]:
 
 
 def verify(source: _Source) -> None:
-    """Check a GPT-OSS checkpoint: structure, shapes against its configuration, NaN."""
+    """Check a checkpoint: structure, shapes against its configuration, NaN, checksums."""
     from jax_mxfp4 import inspection
 
-    with _progress("reading") as report:
+    with byte_progress("reading") as report:
         found = inspection.verify(source, report)
     typer.echo(
         f"no faults: {found.tensors} tensors, {found.parameters:,} parameters, "
         f"{found.nbytes:,} bytes"
     )
+    if found.unchecked is not None:
+        typer.echo(f"not checked: {found.unchecked}")
+    _echo_checksums(found)
+
+
+def _echo_checksums(found: "Verified") -> None:
+    """Say which files have the checksum that is recorded, and the checksums of the others."""
+    for record in sorted({where for one in found.checksums for where in one.recorded}):
+        count = sum(record in one.recorded for one in found.checksums)
+        files = "1 file is" if count == 1 else f"{count} files are"
+        typer.echo(f"checksums: {files} as recorded in {record}")
+    unrecorded = [one for one in found.checksums if not one.recorded]
+    if unrecorded:
+        typer.echo("no checksum is recorded of:")
+    for one in unrecorded:  # in the form of sha256sum
+        typer.echo(f"{one.found}  {repr(one.file.name)[1:-1]}")
 
 
 def diff(
     left: _Source,
     right: Annotated[Path, typer.Argument(help="The other one.", show_default=False)],
 ) -> None:
-    """Compare the values of two GPT-OSS checkpoints; exit status 0 equal, 1 not, 2 trouble."""
+    """Compare the values of two checkpoints; exit status 0 equal, 1 not, 2 trouble."""
     from jax_mxfp4 import inspection
     from jax_mxfp4.checkpoints import CheckpointError
 
@@ -118,7 +123,7 @@ def diff(
     for heading in ("values", "different", "largest error", "relative error"):
         table.add_column(heading, no_wrap=True, justify="right")
     try:
-        with _progress("comparing") as report:
+        with byte_progress("comparing") as report:
             found = list(inspection.diff(left, right, report))
     except CheckpointError as error:
         typer.echo(f"jax-mxfp4: error: {' '.join(str(error).split())}", err=True)
@@ -126,7 +131,7 @@ def diff(
     unequal = [difference for difference in found if difference.different]
     for difference in unequal:
         table.add_row(
-            difference.name,
+            Text(repr(difference.name)[1:-1]),
             f"{difference.elements:,}",
             f"{difference.different:,}",
             f"{difference.largest:.3g}",
@@ -144,21 +149,3 @@ def _results() -> Console:
     """A console for stdout that cuts nothing off where that is a file."""
     console = Console(highlight=False, markup=False)
     return console if console.is_terminal else Console(highlight=False, markup=False, width=_WIDE)
-
-
-@contextmanager
-def _progress(description: str) -> "Iterator[Report]":
-    """A bar with bytes per second, on terminals only, where it leaves nothing behind."""
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda _, done, total: bar.update(task, completed=done, total=total)

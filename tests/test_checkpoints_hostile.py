@@ -1,6 +1,7 @@
 """Checkpoints that are damaged, incomplete or made to do harm: one clear error each."""
 
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jax_mxfp4.checkpoints import CheckpointError, SafetensorsFolder
+from jax_mxfp4.checkpoints.checksums import check_files
 from jax_mxfp4.models.gpt_oss import GptOss, load_params, read_config
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny-gptoss"
@@ -91,38 +93,6 @@ def test_from_pretrained_raises_a_value_error(original):
         GptOss.from_pretrained(original)
 
 
-@pytest.mark.parametrize("keep", [0, 5, 100, -1, -1000], ids=str)
-def test_truncated_file(hf, keep):
-    file = hf / SHARDS[1]
-    file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=rf"{SHARDS[1]}: damaged or truncated"):
-        SafetensorsFolder(hf)
-
-
-def safetensors_bytes(header: bytes, data: bytes = b"") -> bytes:
-    return len(header).to_bytes(8, "little") + header + data
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"\xff" * 64,
-        safetensors_bytes(b"not json"),
-        safetensors_bytes(b'{"a":{"dtype":"U9","shape":[1],"data_offsets":[0,1]}}', b"\0"),
-        safetensors_bytes(b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,1]}}', b"\0"),
-        safetensors_bytes(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[5,6]}}', b"\0"),
-        safetensors_bytes(
-            b'{"a":{"dtype":"U8","shape":[9223372036854775807,4],"data_offsets":[0,1]}}', b"\0"
-        ),
-    ],
-    ids=["no header", "no json", "dtype", "size", "offset", "overflow"],
-)
-def test_bad_header(tmp_path, content):
-    (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged or truncated"):
-        SafetensorsFolder(tmp_path)
-
-
 def test_all_bad_files_are_reported(hf):
     (hf / SHARDS[0]).unlink()
     (hf / SHARDS[1]).write_bytes(b"")
@@ -131,7 +101,7 @@ def test_all_bad_files_are_reported(hf):
     assert caught.value.where == str(hf / INDEX)
     missing, damaged = caught.value.problems
     assert missing == f"{SHARDS[0]}: missing file"
-    assert damaged.startswith(f"{SHARDS[1]}: damaged or truncated")
+    assert damaged.startswith(f"{SHARDS[1]}: truncated or damaged")
 
 
 @pytest.mark.parametrize(
@@ -147,6 +117,7 @@ def test_all_bad_files_are_reported(hf):
         "",
         "config.json",
         "a\0b.safetensors",
+        "é" * 200 + ".safetensors",
         None,
         7,
     ],
@@ -223,6 +194,30 @@ def test_unknown_layout(original, names):
     save_file({name: np.zeros(1, np.uint8) for name in names}, original / "model.safetensors")
     with pytest.raises(CheckpointError, match="expected the tensor names of a GPT-OSS checkpoint"):
         load(original)
+
+
+def test_names_of_files_cannot_speak_to_the_terminal(tmp_path):
+    name = os.fsdecode(b"a\x1b[2J\n\xff.safetensors")
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(CheckpointError) as caught:
+        SafetensorsFolder(tmp_path)
+    assert r"a\x1b[2J\n\udcff.safetensors: truncated or damaged" in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("last", ["99999", "9" * 200])
+def test_a_series_of_absurd_length(original, last):
+    (original / "model.safetensors").rename(original / f"model-00001-of-{last}.safetensors")
+    with pytest.raises(CheckpointError, match="further files of this series are missing") as caught:
+        SafetensorsFolder(original)
+    assert len(caught.value.problems) == 17
+
+
+@pytest.mark.parametrize("name", ["a" * 256, "a/" * 3000 + "a", "../a", "/etc/passwd"])
+def test_checksums_of_what_is_no_file_of_the_folder(original, name):
+    (original / "SHA256SUMS").write_text(f"{'0' * 64}  {name}\n")
+    with pytest.raises(CheckpointError, match=r"SHA256SUMS: line 1: .* in this folder, found '0"):
+        list(check_files(original, ()))
 
 
 def test_errors_survive_pickling():

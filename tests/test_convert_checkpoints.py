@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jax_mxfp4 import convert as convert_module
 from jax_mxfp4.array import MXFP4Array
 from jax_mxfp4.checkpoints import (
     CheckpointError,
@@ -19,6 +18,7 @@ from jax_mxfp4.checkpoints import (
     read_parameters,
 )
 from jax_mxfp4.convert import convert
+from jax_mxfp4.convert import gpt_oss as convert_gpt_oss
 from jax_mxfp4.models.gpt_oss import (
     GptOss,
     GptOssConfig,
@@ -50,7 +50,7 @@ def test_hugging_face_to_gguf_and_back(tmp_path):
     for name in ("config.json", "generation_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (HF / name).read_bytes()
     assert read_config(tmp_path / "a.gguf") == read_config(HF)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "back"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "a.gguf.sha256", "back"]
 
 
 def test_hugging_face_to_openai_and_back(tmp_path):
@@ -193,12 +193,12 @@ def test_destinations_that_cannot_be(tmp_path):
 
 
 def test_metadata_that_was_edited_after_the_conversion(tmp_path, monkeypatch):
-    changed = convert_module.gguf_metadata
+    changed = convert_gpt_oss.gguf_metadata
 
     def edited(config):
         return changed(config) | {"gpt-oss.rope.freq_base": 10000.0, "gpt-oss.expert_used_count": 2}
 
-    monkeypatch.setattr(convert_module, "gguf_metadata", edited)
+    monkeypatch.setattr(convert_gpt_oss, "gguf_metadata", edited)
     convert(HF, tmp_path / "a.gguf")
     with pytest.raises(CheckpointError) as caught:
         read_config(tmp_path / "a.gguf")

@@ -1,5 +1,6 @@
 """GGUF files that are damaged, truncated or made to do harm: one clear error each."""
 
+import os
 import struct
 import tracemalloc
 from pathlib import Path
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jax_mxfp4.checkpoints import CheckpointError, GgufFile, read_parameters
+from jax_mxfp4.convert import convert
 from jax_mxfp4.models.gpt_oss import read_config
 from jax_mxfp4.models.gpt_oss.params import parameter_specs
 
@@ -94,6 +96,10 @@ HOSTILE = {
         gguf(infos=[tensor("a", (64,)), tensor("b", offset=32)]),
         "tensor 'b': overlaps tensor 'a'",
     ),
+    "overlaps": (
+        gguf(infos=[tensor("a", (64,)), tensor("b", (8,), offset=32), tensor("c", offset=128)]),
+        r"2 problems\n.*tensor 'b': overlaps tensor 'a'\n.*tensor 'c': overlaps tensor 'a'",
+    ),
 }
 
 
@@ -139,11 +145,73 @@ def test_absent(tmp_path):
 
 def test_truncated_anywhere(tmp_path):
     file = tmp_path / "truncated.gguf"
-    places = [*range(0, DATA_START, 61), *range(DATA_START, len(WHOLE), len(WHOLE) // 100)]
-    for size in [*places, len(WHOLE) - 1]:
-        file.write_bytes(WHOLE[:size])
-        with pytest.raises(CheckpointError):
+    file.write_bytes(WHOLE)
+    percents = {len(WHOLE) * percent // 100 for percent in range(100)}
+    for size in sorted(percents | {*range(0, DATA_START, 61), len(WHOLE) - 1}, reverse=True):
+        os.truncate(file, size)
+        with pytest.raises(CheckpointError) as caught:
             GgufFile(file)
+        assert str(caught.value).startswith(f"{file}: ")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        key("a", ARRAY, struct.pack("<IQ", U32, 2**37)),
+        key("a", STRING, struct.pack("<Q", 2**39)),
+        key("a", ARRAY, struct.pack("<IQQ", STRING, 1, 2**39)),
+    ],
+    ids=["numbers", "text", "text in a list"],
+)
+def test_metadata_of_gigabytes_is_not_read(tmp_path, value):
+    file = tmp_path / "large.gguf"
+    file.write_bytes(gguf([value]))
+    os.truncate(file, 2**40)  # a file with a hole: it takes no room on the disk
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match=rf"a header of at most {2**28} bytes, but .*'a'"):
+            GgufFile(file)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda file: file.symlink_to("absent.gguf"), "No such file"),
+        (lambda file: file.symlink_to("/dev/zero"), "expected a file, found a pipe or a device"),
+        (os.mkfifo, "expected a file, found a pipe or a device"),
+    ],
+    ids=["dangling", "device", "pipe"],
+)
+def test_what_is_no_file(tmp_path, make, problem):
+    make(tmp_path / "a.gguf")
+    with pytest.raises(CheckpointError, match=rf"a\.gguf: cannot be read: {problem}"):
+        GgufFile(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("config.json", "[" * 500, "is not valid JSON"),
+        ("config.json", '{"a": 1, "a": 2}', "'a': occurs twice"),
+        ("config.json", "7", "expected a JSON object, found int"),
+        ("generation_config.json", '{"a":' * 10, "is not valid JSON"),
+        ("dtypes", '{"norm": ["BF16"]}', r"expected a type that widens .*, found \['BF16'\]"),
+        ("dtypes", '{"norm": "U8"}', "expected a type that widens .*, found 'U8'"),
+        ("dtypes", "{", "is not valid JSON"),
+    ],
+)
+def test_json_in_metadata(tmp_path, name, text, problem):
+    convert(TINY.parent / "hf", tmp_path / "a.gguf")
+    old = GgufFile(tmp_path / "a.gguf").metadata[f"jax_mxfp4.{name}"].encode()
+    assert len(text) <= len(old)
+    content = (tmp_path / "a.gguf").read_bytes()
+    # Spaces after JSON mean nothing, and keep all offsets.
+    (tmp_path / "b.gguf").write_bytes(content.replace(old, text.encode().ljust(len(old))))
+    with pytest.raises(CheckpointError, match=rf"metadata key 'jax_mxfp4\.{name}': {problem}"):
+        convert(tmp_path / "b.gguf", tmp_path / "hf")
 
 
 def test_truncated_after_opening(tmp_path):
@@ -157,7 +225,7 @@ def test_truncated_after_opening(tmp_path):
 
 
 @settings(
-    max_examples=400, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     edits=st.lists(

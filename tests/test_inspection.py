@@ -1,6 +1,9 @@
 """inspect, verify and diff: what they find, and their commands."""
 
+import hashlib
+import json
 import shutil
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -9,16 +12,22 @@ import pytest
 import typer
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
+from unpacked import write_unpacked
 
-from jax_mxfp4 import cli_checkpoints
-from jax_mxfp4.checkpoints import CheckpointError, open_checkpoint
+from jax_mxfp4 import cli_checkpoints, cli_convert
+from jax_mxfp4.checkpoints import (
+    CheckpointError,
+    WeightsFolder,
+    open_checkpoint,
+)
 from jax_mxfp4.checkpoints.statistics import summarize
 from jax_mxfp4.convert import convert
-from jax_mxfp4.format import unpack_codes
-from jax_mxfp4.inspection import diff, verify
+from jax_mxfp4.format import decode, unpack_codes
+from jax_mxfp4.inspection import diff, plots, verify, verifying
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny-gptoss"
 HF, OPENAI, GGUF = GOLDEN / "hf", GOLDEN / "original", GOLDEN / "tiny-mxfp4.gguf"
+LLAMA = Path(__file__).parent / "golden" / "tiny-llama-mxfp4"
 DOWN = "model.layers.1.mlp.experts.down_proj_"
 
 
@@ -41,6 +50,7 @@ def edited(tmp_path):
 def run(*arguments):
     app = typer.Typer()
     cli_checkpoints.register(app)
+    cli_convert.register(app)
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
@@ -188,3 +198,179 @@ def test_command_convert(tmp_path):
     assert (tmp_path / "o" / "model.safetensors").is_file()
     convert(tmp_path / "o", tmp_path / "back")
     assert run("diff", HF, tmp_path / "back").exit_code == 0
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """Return a function that copies the packed Llama with its configuration changed."""
+
+    def edit(**changes) -> Path:
+        folder = shutil.copytree(LLAMA / "packed", tmp_path / "llama", dirs_exist_ok=True)
+        config = json.loads((LLAMA / "packed" / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        return folder
+
+    return edit
+
+
+def test_a_packed_llama_without_faults(llama):
+    for form in ("packed", "bf16"):
+        found = verify(LLAMA / form)
+        assert found.unchecked is None
+        assert found.tensors == len(open_checkpoint(LLAMA / form).tensors)
+    assert verify(LLAMA / "packed").parameters == verify(LLAMA / "bf16").parameters
+    found = verify(llama(model_type="another"))
+    assert found.unchecked == "shapes of a model of type 'another' against its configuration"
+
+
+def test_a_llama_of_other_shapes(llama):
+    config = json.loads((LLAMA / "packed" / "config.json").read_text())
+    layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+    with pytest.raises(CheckpointError) as caught:
+        verify(llama(num_hidden_layers=layers + 1, intermediate_size=96))
+    missing = [problem for problem in caught.value.problems if "missing" in problem]
+    assert len(missing) == 9
+    assert (
+        f"tensor 'model.layers.{layers}.mlp.down_proj.weight': missing, expected [{hidden}, 96]"
+        in missing
+    )
+    assert len(caught.value.problems) == 9 + 3 * layers
+    assert any("mlp.up_proj.weight': expected [96," in problem for problem in caught.value.problems)
+    with pytest.raises(
+        CheckpointError, match=r"config\.json: 'hidden_size': expected a whole number"
+    ):
+        verify(llama(hidden_size="64"))
+    with pytest.raises(CheckpointError, match="'num_hidden_layers': expected at most 10000"):
+        verify(llama(num_hidden_layers=10**9))
+
+
+def test_nan_scales_of_a_llama(llama):
+    folder = llama()
+    tensors = load_file(folder / "model.safetensors")
+    scales = tensors["model.layers.1.mlp.up_proj.weight_scale"]
+    scales[5, 1] = 255
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        verify(folder)
+    assert caught.value.problems == (
+        f"'model.layers.1.mlp.up_proj.weight': 1 of {scales.size} scales are NaN, "
+        "the first at [5, 1]",
+    )
+
+
+def test_faults_are_found_in_every_chunk(edited, monkeypatch):
+    def change(scales):
+        scales[2, 5, 1] = scales[7, 0, 0] = 255
+
+    monkeypatch.setattr(verifying, "_CHUNK", 7)
+    with pytest.raises(
+        CheckpointError, match=r"2 of 1536 scales are NaN, the first at \[2, 5, 1\]"
+    ):
+        verify(edited(f"{DOWN}scales", change))
+
+
+def test_the_error_of_packing_a_llama():
+    plain, packed = WeightsFolder(LLAMA / "bf16"), WeightsFolder(LLAMA / "packed")
+    differences = {one.name: one for one in diff(LLAMA / "bf16", LLAMA / "packed")}
+    assert list(differences) == list(plain.specs)
+    for name, one in differences.items():
+        values = plain.read(name).astype(np.float64)
+        assert one.elements == values.size
+        if not packed.specs[name].packed:
+            assert one.different == 0
+            continue
+        weight = packed.read(name)
+        error = np.asarray(decode(weight.blocks, weight.scales, np.float32)) - values
+        assert one.different == np.count_nonzero(error)
+        assert one.largest == np.abs(error).max()
+        assert one.relative == pytest.approx(np.linalg.norm(error) / np.linalg.norm(values))
+    assert not any(one.different for one in diff(LLAMA / "packed", LLAMA / "packed"))
+
+
+@pytest.mark.parametrize("layout", ["huggingface", "openai", "gguf"])
+def test_experts_that_are_not_packed(tmp_path, layout):
+    source = write_unpacked(tmp_path / ("a.gguf" if layout == "gguf" else layout), layout)
+    assert verify(source).parameters == verify(HF).parameters
+    assert not any(one.different for one in diff(source, HF))
+    assert not any(one.different for one in diff(OPENAI, source))
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "index"),
+    [
+        ("huggingface", "model.layers.2.mlp.experts.down_proj", (3, 7, 5)),
+        ("openai", "block.2.mlp.mlp2_weight", (3, 5, 7)),
+    ],
+)
+def test_the_error_of_packing_experts(tmp_path, layout, name, index):
+    source = write_unpacked(tmp_path / layout, layout)
+    tensors = load_file(source / "model.safetensors")
+    error = abs(64 - float(tensors[name][index]))
+    tensors[name][index] = 64
+    save_file(tensors, source / "model.safetensors")
+    (one,) = (one for one in diff(source, HF) if one.different)
+    assert (one.name, one.different, one.largest) == ("layers.2.mlp.down", 1, error)
+    values = tensors[name].astype(np.float64)
+    assert one.relative == pytest.approx(error / np.linalg.norm(values))
+
+
+def test_inspect_shows_weights_of_compressed_tensors():
+    result = run("inspect", LLAMA / "packed")
+    assert result.exit_code == 0
+    (row,) = (line.split() for line in result.stdout.splitlines() if "1.mlp.up_proj.weight" in line)
+    assert row[1] == "MXFP4"
+
+
+def test_counts_are_of_scale_and_code():
+    name = f"{DOWN}blocks".removesuffix("_blocks")
+    (packed,) = (one.packed for one in summarize(open_checkpoint(HF)) if one.name == name)
+    reader = open_checkpoint(HF)
+    codes = unpack_codes(reader.read(f"{DOWN}blocks")).reshape(-1, 32)
+    scales = reader.read(f"{DOWN}scales").reshape(-1)
+    expected = np.zeros((256, 16), np.int64)
+    np.add.at(expected, (scales[:, None], codes), 1)
+    np.testing.assert_array_equal(packed.counts, expected)
+
+
+def test_a_picture(tmp_path):
+    result = run("inspect", HF, "--plot", tmp_path / "a.png")
+    assert result.exit_code == 0, result.output
+    content = (tmp_path / "a.png").read_bytes()
+    assert content.startswith(b"\x89PNG") and len(content) > 10_000
+
+
+def test_cumulative_shares():
+    counts = np.zeros((256, 16), np.int64)
+    counts[127, [0, 2, 8]] = 10, 20, 5  # 0, 1 and -0
+    counts[128, 9] = 15  # -0.5 * 2
+    counts[255, 3] = 7  # NaN
+    values, shares = plots.cumulative_shares(counts)
+    np.testing.assert_array_equal(values, [-1, 0, 1])
+    np.testing.assert_allclose(shares, [0.3, 0.6, 1])
+
+
+def test_pictures_that_cannot_be(tmp_path, monkeypatch):
+    for name, message in (
+        ("a.doc", "expected the name of a picture"),
+        ("absent/a.png", "absent: expected a folder to write to: no such folder"),
+    ):
+        result = run("inspect", HF, "--plot", tmp_path / name)
+        assert isinstance(result.exception, ValueError) and message in str(result.exception)
+        assert result.stdout == ""
+    result = run("inspect", LLAMA / "bf16", "--plot", tmp_path / "a.png")
+    assert str(result.exception) == "no tensor is packed: there is nothing to plot"
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run("inspect", HF, "--plot", tmp_path / "a.png")
+    assert isinstance(result.exception, RuntimeError)
+    assert str(result.exception).endswith("pip install 'jax-mxfp4[plot]'")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_verify_prints_checksums(tmp_path):
+    digest = hashlib.sha256(GGUF.read_bytes()).hexdigest()
+    lines = run("verify", GGUF).stdout.splitlines()
+    assert lines[1:] == ["no checksum is recorded of:", f"{digest}  {GGUF.name}"]
+    convert(HF, tmp_path / "hf")
+    count = len((tmp_path / "hf" / "SHA256SUMS").read_text().splitlines())
+    lines = run("verify", tmp_path / "hf").stdout.splitlines()
+    assert lines[1:] == [f"checksums: {count} files are as recorded in SHA256SUMS"]

@@ -1,4 +1,4 @@
-"""The parts that write: files in any order of rows, and output that is whole or absent."""
+"""Writing safetensors files, in any order of rows."""
 
 import json
 
@@ -8,8 +8,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from jax_mxfp4.checkpoints import CheckpointError, SafetensorsFolder
-from jax_mxfp4.checkpoints.atomic import atomic_output
+from jax_mxfp4.checkpoints import SafetensorsFolder
 from jax_mxfp4.checkpoints.safetensors_writer import NewTensor, SafetensorsWriter
 
 TENSORS = {
@@ -75,30 +74,3 @@ def test_what_does_not_fit(tmp_path, array, row):
         pytest.raises(ValueError, match=r"tensor 'odd': .* does not fit in U8"),
     ):
         writer.write("odd", array, row)
-
-
-def test_output_appears_at_the_end(tmp_path):
-    with atomic_output(tmp_path / "file") as path:
-        path.write_text("whole")
-        assert not (tmp_path / "file").exists()
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    assert (tmp_path / "file").read_text() == "whole"
-
-
-def test_output_vanishes_after_an_error(tmp_path):
-    with pytest.raises(OSError, match="disk full"), atomic_output(tmp_path / "folder") as path:
-        path.mkdir()
-        (path / "part").write_text("half")
-        raise OSError("disk full")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_destination_that_appears_meanwhile_is_kept(tmp_path):
-    def write():
-        with atomic_output(tmp_path / "file") as path:
-            path.write_text("ours")
-            (tmp_path / "file").write_text("theirs")
-
-    with pytest.raises(CheckpointError, match="exists already"):
-        write()
-    assert (tmp_path / "file").read_text() == "theirs"

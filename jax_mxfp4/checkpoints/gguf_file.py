@@ -12,6 +12,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from jax_mxfp4.checkpoints.errors import CheckpointError
 from jax_mxfp4.checkpoints.gguf_header import GgufHeader, GgufTensor, read_header
 from jax_mxfp4.checkpoints.reader import TensorInfo
+from jax_mxfp4.checkpoints.stored_array import StoredArray, fits_page_cache
 
 _DTYPES = {
     "F16": np.dtype("<f2"),
@@ -48,6 +49,7 @@ class GgufFile:
             problems += self._add(part, read_header(part))
         if problems:
             raise CheckpointError(self._path, problems)
+        self._keep_cached = fits_page_cache(sum(info.nbytes for info in self._tensors.values()))
 
     def _add(self, file: Path, header: GgufHeader) -> list[str]:
         problems = []
@@ -77,52 +79,37 @@ class GgufFile:
         """Every tensor by name; shapes are logical ones, [out, in] for a matrix."""
         return self._tensors
 
+    def stored(self, name: str) -> StoredArray:
+        """Return where tensor `name` lies.
+
+        Plain types are arrays [...] as they are; block types are bytes, uint8
+        [..., K / block size, bytes of a block].
+        """
+        tensor, file = self._places[name], self._tensors[name].file
+        dtype, shape = _DTYPES.get(tensor.type.name), tensor.shape
+        if dtype is None:
+            block, block_bytes = GGML_QUANT_SIZES[tensor.type]
+            dtype, shape = np.dtype(np.uint8), (*shape[:-1], shape[-1] // block, block_bytes)
+        return StoredArray(file, name, tensor.start, dtype, shape, self._keep_cached)
+
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """Return tensor `name`, or only `rows` of its first axis, in its stored element type.
+        """Return tensor `name`, or only `rows` of its first axis, as `stored` describes it.
 
         Args:
           name: a key of `tensors`.
           rows: a slice of the first axis with step 1; None for the whole tensor.
 
-        Returns:
-          Plain types as they are, [...]; block types as bytes, uint8
-          [..., K / block size, bytes of a block].
-
         Raises:
           CheckpointError: the file cannot be read, or has become shorter since it was opened.
         """
-        tensor, file = self._places[name], self._tensors[name].file
-        first, stop, _ = (rows or slice(None)).indices(tensor.shape[0])
-        dtype = _DTYPES.get(tensor.type.name)
-        shape = tensor.shape[1:]
-        if dtype is None:
-            block, block_bytes = GGML_QUANT_SIZES[tensor.type]
-            dtype = np.dtype(np.uint8)
-            if shape:
-                shape = (*shape[:-1], shape[-1] // block, block_bytes)
-            else:  # the blocks run along the only axis
-                first, stop, shape = first // block, stop // block, (block_bytes,)
-        array = np.empty((max(stop - first, 0), *shape), dtype)
-        row_bytes = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        _fill(array, file, tensor.start + first * row_bytes, name)
-        return array
-
-
-def _fill(array: np.ndarray, file: Path, start: int, name: str) -> None:
-    buffer = array.reshape(-1).view(np.uint8).data
-    try:
-        with file.open("rb", buffering=0) as handle:
-            handle.seek(start)
-            done = 0
-            while done < len(buffer):
-                count = handle.readinto(buffer[done:])
-                if not count:
-                    raise CheckpointError(file, f"tensor {name!r}: the file ends inside its data")
-                done += count
-    except OSError as error:
-        raise CheckpointError(
-            file, f"tensor {name!r}: cannot be read: {error.strerror or error}"
-        ) from error
+        stored = self.stored(name)
+        if rows is None:
+            return stored.read()
+        size = self._tensors[name].shape[0]
+        first, stop, _ = rows.indices(size)
+        # The blocks of a tensor with one axis run along that.
+        per_row = size // stored.shape[0]
+        return stored.read((slice(first // per_row, stop // per_row),))
 
 
 def _further_parts(file: Path, metadata: Mapping[str, Any]) -> list[Path]:

@@ -13,7 +13,6 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from gguf.constants import (
 )
 
 from jax_mxfp4.checkpoints.errors import CheckpointError
+from jax_mxfp4.checkpoints.reader import require_file
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -34,6 +34,8 @@ _MAX_DIMENSIONS = 4
 _MAX_TENSORS = 2**16
 _MAX_KEYS = 2**16
 _MAX_STRINGS = 2**22
+# The header of the released models has 50 MB, nearly all of it vocabulary.
+_MAX_HEADER_BYTES = 2**28
 _MAX_NAME_BYTES = 2**16 - 1
 # Key length, type, and the smallest value; name length, dimensions, one of them, type, offset.
 _SMALLEST_KEY = 8 + 4 + 1
@@ -93,6 +95,7 @@ def read_header(file: Path) -> GgufHeader:
       CheckpointError: the file cannot be read, is no GGUF file of a supported version, is
         truncated, or contradicts itself; all that is wrong with the tensors is listed at once.
     """
+    require_file(file)
     try:
         with file.open("rb") as handle:
             if handle.read(len(_MAGIC)) != _MAGIC:
@@ -125,6 +128,11 @@ class _Cursor:
             )
         start = self.offset
         self.offset += count
+        if self.offset > _MAX_HEADER_BYTES:
+            raise self.error(
+                f"expected a header of at most {_MAX_HEADER_BYTES} bytes, but {what} ends at byte "
+                f"{self.offset}"
+            )
         return start
 
     def number(self, code: str, what: str) -> Any:
@@ -237,12 +245,12 @@ def _place(
             report("occurs twice")
         elif tensor is not None:
             tensors[name] = tensor
-    by_start = sorted(tensors.values(), key=lambda tensor: tensor.start)
-    problems += [
-        f"tensor {right.name!r}: overlaps tensor {left.name!r}"
-        for left, right in pairwise(by_start)
-        if left.start + left.nbytes > right.start
-    ]
+    last = None
+    for tensor in sorted(tensors.values(), key=lambda tensor: tensor.start):
+        if last is not None and last.start + last.nbytes > tensor.start:
+            problems.append(f"tensor {tensor.name!r}: overlaps tensor {last.name!r}")
+        if last is None or tensor.start + tensor.nbytes > last.start + last.nbytes:
+            last = tensor
     if problems:
         raise CheckpointError(cursor.file, problems)
     return tensors

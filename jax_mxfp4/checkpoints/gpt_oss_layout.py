@@ -82,6 +82,11 @@ class ParameterSpec:
     shape: tuple[int, ...]
     packed: bool = False
 
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """The shape with blocks as the unit of a packed last axis: what parts are parts of."""
+        return (*self.shape[:-1], self.shape[-1] // BLOCK_SIZE) if self.packed else self.shape
+
 
 @dataclass(frozen=True)
 class StoredTensor:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
-from jax_mxfp4.checkpoints.errors import CheckpointError
+from jax_mxfp4.checkpoints.errors import CheckpointError, shorten
 from jax_mxfp4.checkpoints.gguf_file import GgufFile
 from jax_mxfp4.checkpoints.gpt_oss_layout import ParameterSpec, check, detect_layout, plan
 from jax_mxfp4.checkpoints.reader import Reader, parse_json_object
@@ -42,12 +42,13 @@ def dense_dtypes(reader: Reader, specs: Mapping[str, ParameterSpec]) -> dict[str
         dtype = stored.pop() if len(stored) == 1 else "F32"
         found[name] = "F32" if dtype == "Q8_0" else dtype
         if name in recorded:
-            if found[name] != "F32" or recorded[name] not in _NUMPY:
+            original = recorded[name]
+            if found[name] != "F32" or original not in tuple(_NUMPY):
                 problems.append(
                     f"metadata key {ORIGINAL_DTYPES!r}: expected a type that widens to F32 for "
-                    f"{name!r} ({found[name]}), found {recorded[name]!r}"
+                    f"{name!r} ({found[name]}), found {shorten(original)}"
                 )
-            found[name] = recorded[name]
+            found[name] = original
     if problems:
         raise CheckpointError(reader.path, problems)
     return found

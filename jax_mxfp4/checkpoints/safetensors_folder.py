@@ -1,34 +1,41 @@
 """Reader of a folder of safetensors files: sharded with an index, sharded without, or one file."""
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-# Imported for its effect: it registers the name "bfloat16" with numpy, which safetensors looks up.
-import ml_dtypes  # noqa: F401
+import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from jax_mxfp4.checkpoints.errors import CheckpointError
+from jax_mxfp4.checkpoints.errors import CheckpointError, shorten
 from jax_mxfp4.checkpoints.reader import TensorInfo, read_json_object, require_folder
+from jax_mxfp4.checkpoints.safetensors_header import read_header
+from jax_mxfp4.checkpoints.stored_array import StoredArray, fits_page_cache
 
+_LONGEST_FILE_NAME = 255  # bytes, in the file systems in use
 _INDEX_SUFFIX = ".safetensors.index.json"
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<last>\d+)\.safetensors")
-_BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
-    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
-    **dict.fromkeys(("I32", "U32", "F32"), 32),
-    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    "F4": 4,
+_DTYPES = {
+    **{f"I{bits}": np.dtype(f"<i{bits // 8}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"<u{bits // 8}") for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": np.dtype(f"<f{bits // 8}") for bits in (16, 32, 64)},
+    "BOOL": np.dtype(np.bool_),
+    "C64": np.dtype("<c8"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
 }
 
 
 class SafetensorsFolder:
-    """The tensors of all safetensors files of a folder, memory mapped.
+    """The tensors of all safetensors files of a folder.
 
-    Opening reads the headers only; `read` copies one tensor (or some of its rows) out of the map.
+    Opening reads and checks the headers; `read` reads one tensor, or some of its rows, from disk,
+    and `stored` any part of one.
 
     With an index (`*.safetensors.index.json`) the files that it names are opened, and what they
     hold must agree with it. Without one, every `*.safetensors` file is opened; files that are
@@ -45,8 +52,8 @@ class SafetensorsFolder:
         require_folder(self._path)
         index_file, weight_map = _read_index(self._path)
         files = sorted(set(weight_map.values())) if index_file else _list_files(self._path)
-        self._handles: dict[Path, safe_open] = {}
         self._tensors: dict[str, TensorInfo] = {}
+        self._starts: dict[str, int] = {}
         problems: list[str] = []
         for name in files:
             problems += self._open(self._path / name)
@@ -55,27 +62,24 @@ class SafetensorsFolder:
             problems += _compare_with_index(weight_map, self._tensors)
         if problems:
             raise CheckpointError(index_file or self._path, problems)
+        self._keep_cached = fits_page_cache(sum(info.nbytes for info in self._tensors.values()))
 
     def _open(self, file: Path) -> list[str]:
-        """Map `file` and add its tensors; return what is wrong with it."""
+        """Add the tensors of `file`; return what is wrong with it."""
+        if not file.exists():
+            return [f"{file.name}: missing file"]
         try:
-            handle = safe_open(file, framework="np")
-        except SafetensorError as error:
-            return [f"{file.name}: damaged or truncated safetensors file ({error})"]
-        except OSError as error:
-            missing = isinstance(error, FileNotFoundError)
-            return [f"{file.name}: {'missing file' if missing else f'cannot be read ({error})'}"]
+            header = read_header(file)
+        except CheckpointError as error:
+            return [f"{file.name}: {problem}" for problem in error.problems]
         problems = []
-        self._handles[file] = handle
-        for name in handle.keys():  # noqa: SIM118 - not a mapping
-            header = handle.get_slice(name)
-            shape, dtype = tuple(header.get_shape()), header.get_dtype()
-            nbytes = int(np.prod(shape, dtype=object)) * _BITS[dtype] // 8
+        for name, info in header.tensors.items():
             if name in self._tensors:
                 other = self._tensors[name].file.name
                 problems.append(f"{file.name}: tensor {name!r} is also in {other}")
-            else:
-                self._tensors[name] = TensorInfo(name, dtype, shape, nbytes, file)
+                continue
+            self._tensors[name] = info
+            self._starts[name] = header.starts[name]
         return problems
 
     @property
@@ -88,17 +92,31 @@ class SafetensorsFolder:
         """Every tensor of every file by name."""
         return self._tensors
 
+    def stored(self, name: str) -> StoredArray:
+        """Return where tensor `name` lies, of any element type that NumPy or ml_dtypes has.
+
+        Raises:
+          CheckpointError: there is no such element type.
+        """
+        info = self._tensors[name]
+        dtype = _DTYPES.get(info.dtype)
+        if dtype is None:
+            raise CheckpointError(info.file, f"tensor {name!r}: cannot be read as {info.dtype}")
+        start = self._starts[name]
+        return StoredArray(info.file, name, start, dtype, info.shape, self._keep_cached)
+
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """Return tensor `name`, or only `rows` of its first axis, in its stored element type.
 
         Args:
-          name: a key of `tensors`, of any element type that numpy or ml_dtypes has.
-          rows: a slice of the first axis; None for the whole tensor.
+          name: a key of `tensors`.
+          rows: a slice of the first axis with step 1; None for the whole tensor.
+
+        Raises:
+          CheckpointError: as `stored`; or the file cannot be read, or has become shorter since it
+            was opened.
         """
-        handle = self._handles[self._tensors[name].file]
-        if rows is None:
-            return handle.get_tensor(name)
-        return handle.get_slice(name)[rows]
+        return self.stored(name).read(() if rows is None else (rows,))
 
 
 def _read_index(folder: Path) -> tuple[Path | None, dict[str, str]]:
@@ -115,8 +133,8 @@ def _read_index(folder: Path) -> tuple[Path | None, dict[str, str]]:
             indices[0], "'weight_map': expected an object of tensor names to file names"
         )
     problems = [
-        f"tensor {tensor!r}: expected the name of a .safetensors file of this folder, "
-        f"found {file!r}"
+        f"tensor {shorten(tensor)}: expected the name of a .safetensors file of this folder, "
+        f"found {shorten(file)}"
         for tensor, file in weight_map.items()
         if not _is_plain_file_name(file)
     ]
@@ -131,6 +149,7 @@ def _is_plain_file_name(name: object) -> bool:
         isinstance(name, str)
         and name.endswith(".safetensors")
         and name.isprintable()
+        and len(os.fsencode(name)) <= _LONGEST_FILE_NAME
         # Separators and drive letters of both kinds, so that an index is judged alike everywhere.
         and PurePosixPath(name).name == name
         and PureWindowsPath(name).name == name

@@ -11,10 +11,14 @@ from typing import BinaryIO
 
 import numpy as np
 
+from jax_mxfp4.checkpoints.safetensors_header import BITS
+
 # Five billion bytes, as transformers splits.
 MAX_SHARD_BYTES = 5 * 10**9
 
-_ITEM_BYTES = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4}
+ITEM_BYTES = {name: bits // 8 for name, bits in BITS.items() if bits % 8 == 0}
+"""Size of one element of each type that can be written."""
+
 _ALIGNMENT = 8
 
 
@@ -28,7 +32,7 @@ class NewTensor:
     @property
     def nbytes(self) -> int:
         """The size of its data."""
-        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 class SafetensorsWriter:
@@ -74,9 +78,9 @@ class SafetensorsWriter:
           ValueError: `array` is of another element size, or does not fit in.
         """
         tensor = self._tensors[name]
-        row_bytes = tensor.nbytes // tensor.shape[0]
-        fits = first_row + array.shape[0] <= tensor.shape[0]
-        if array.nbytes != row_bytes * array.shape[0] or not fits:
+        total, rows = (shape[0] if shape else 1 for shape in (tensor.shape, array.shape))
+        row_bytes = tensor.nbytes // max(total, 1)
+        if array.nbytes != row_bytes * rows or first_row + rows > total:
             raise ValueError(
                 f"tensor {name!r}: {array.dtype} {list(array.shape)} at row {first_row} does not "
                 f"fit in {tensor.dtype} {list(tensor.shape)}"
@@ -136,6 +140,5 @@ def _split(tensors: Mapping[str, NewTensor], max_bytes: int) -> list[list[str]]:
         shards[-1].append(name)
         size += tensor.nbytes
     return [
-        sorted(names, key=lambda name: (-_ITEM_BYTES[tensors[name].dtype], name))
-        for names in shards
+        sorted(names, key=lambda name: (-ITEM_BYTES[tensors[name].dtype], name)) for names in shards
     ]

@@ -1,24 +1,29 @@
-"""Converting GPT-OSS checkpoints between layouts, without decoding what is packed."""
+"""Writing GPT-OSS checkpoints in another layout, without decoding what is packed."""
 
 import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jax_mxfp4.checkpoints import (
     CheckpointError,
     GgufFile,
     Layout,
+    Packer,
+    PackingReader,
     Progress,
     SafetensorsFolder,
     detect_layout,
+    has_unpacked_experts,
     open_checkpoint,
 )
-from jax_mxfp4.checkpoints.atomic import atomic_output, require_free
 from jax_mxfp4.checkpoints.folder_writer import write_folder
 from jax_mxfp4.checkpoints.gguf_writer import write_gguf
-from jax_mxfp4.checkpoints.safetensors_writer import MAX_SHARD_BYTES
-from jax_mxfp4.models.gpt_oss.config import GptOssConfig
+from jax_mxfp4.convert.packing import round_to_nearest
+from jax_mxfp4.convert.vocabulary import ggml_vocabulary, tokenizer_files
+from jax_mxfp4.models.gpt_oss.config import GptOssConfig, YarnScaling
 from jax_mxfp4.models.gpt_oss.config_gguf import CARRIED_CONFIG, CARRIED_GENERATION_CONFIG
 from jax_mxfp4.models.gpt_oss.config_json import read_config
 from jax_mxfp4.models.gpt_oss.config_writing import (
@@ -40,61 +45,44 @@ _CARRIED = {
     "generation_config.json": CARRIED_GENERATION_CONFIG,
     **{name: f"jax_mxfp4.{name}" for name in _TOKENIZER_FILES},
     "tokenizer.json": CARRIED_TOKENIZER,
+    "chat_template.jinja": "tokenizer.chat_template",  # where llama.cpp looks for it
 }
 _MOSTLY_MXFP4_MOE = 38  # llama.cpp's LLAMA_FTYPE_MOSTLY_MXFP4_MOE
 
 
-def convert(
-    source: str | Path,
-    destination: str | Path,
-    layout: Layout | None = None,
-    *,
-    progress: Progress | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+def write_gpt_oss(
+    source: Path,
+    unfinished: Path,
+    destination: Path,
+    layout: Layout,
+    pack: Packer | None,
+    progress: Progress | None,
+    max_shard_bytes: int,
 ) -> None:
-    """Write the checkpoint `source` to `destination` in another layout, or in the same.
+    """Write the GPT-OSS checkpoint `source` to `unfinished`, which is to become `destination`.
 
-    Packed experts keep every bit, and so does everything else: where GGUF needs float32, the file
-    records the element type that a later conversion restores. The tokenizer and the generation
-    configuration go along; OpenAI's layout has no place for the latter.
-
-    The result appears under its name when it is complete.
-
-    Args:
-      source: a folder, or a file `*.gguf`.
-      destination: what to create; it must not exist.
-      layout: of the destination; by default "gguf" for a name `*.gguf`, else "huggingface".
-      progress: called after each parameter with (name, bytes read so far, bytes of all).
-      max_shard_bytes: of one safetensors file in Hugging Face's layout.
-
-    Raises:
-      CheckpointError: `source` is damaged, `destination` exists, or the layout cannot express the
-        configuration.
+    For the arguments and errors see `jax_mxfp4.convert.convert`.
     """
-    source, destination = Path(source), Path(destination)
-    if layout is None:
-        layout = "gguf" if destination.suffix.lower() == ".gguf" else "huggingface"
-    if (layout == "gguf") != (destination.suffix.lower() == ".gguf"):
-        raise CheckpointError(
-            destination, f"expected a name that fits the layout {layout!r}: only GGUF is *.gguf"
-        )
-    require_free(destination)
     config = read_config(source)
-    reader = open_checkpoint(source)
     specs = parameter_specs(config)
-    files = _files(reader, config)
-    with atomic_output(destination) as unfinished:
-        if layout == "gguf":
-            write_gguf(unfinished, reader, specs, _metadata(config, source.name, files), progress)
-        else:
-            if layout == "openai":
-                files["config.json"] = _dump(openai_json(config))
-                files.pop("generation_config.json", None)
-            unfinished.mkdir()
-            for name, content in files.items():
-                (unfinished / name).write_bytes(content)
-            _require_same(config, unfinished, destination, layout)
-            write_folder(unfinished, reader, specs, layout, progress, max_shard_bytes)
+    reader = stored = open_checkpoint(source)
+    files = _files(stored, config)
+    if has_unpacked_experts(stored, specs):
+        reader = PackingReader(stored, specs, pack or round_to_nearest())
+        files["config.json"] = _declare_packed(files["config.json"], config)
+    elif pack is not None:
+        raise CheckpointError(source, "the experts are packed already, nothing is left to pack")
+    if layout == "gguf":
+        write_gguf(unfinished, reader, specs, _metadata(config, source.name, files), progress)
+        return
+    if layout == "openai":
+        files["config.json"] = _dump(openai_json(config))
+        files.pop("generation_config.json", None)
+    unfinished.mkdir()
+    for name, content in files.items():
+        (unfinished / name).write_bytes(content)
+    _require_same(config, unfinished, destination, layout)
+    write_folder(unfinished, reader, specs, layout, progress, max_shard_bytes)
 
 
 def _files(reader: GgufFile | SafetensorsFolder, config: GptOssConfig) -> dict[str, bytes]:
@@ -104,7 +92,7 @@ def _files(reader: GgufFile | SafetensorsFolder, config: GptOssConfig) -> dict[s
         for name, key in _CARRIED.items():
             if isinstance(text := reader.metadata.get(key), str):
                 files[name] = text.encode()
-        return files
+        return files if "tokenizer.json" in files else tokenizer_files(reader) | files
     names = _TOKENIZER_FILES
     if detect_layout(reader) == "huggingface":
         names = ("config.json", "generation_config.json", *names)
@@ -113,13 +101,18 @@ def _files(reader: GgufFile | SafetensorsFolder, config: GptOssConfig) -> dict[s
     }
 
 
+def _declare_packed(text: bytes, config: GptOssConfig) -> bytes:
+    """Return config.json with what says that the experts are packed."""
+    key = "quantization_config"
+    return _dump({**json.loads(text), key: hugging_face_json(config)[key]})
+
+
 def _metadata(config: GptOssConfig, name: str, files: dict[str, bytes]) -> dict[str, Any]:
-    # llama.cpp loads a file without a vocabulary only if it is told that there is none.
     metadata = {
         "general.name": name,
         "general.file_type": _MOSTLY_MXFP4_MOE,
-        "tokenizer.ggml.model": "none",
         **gguf_metadata(config),
+        **ggml_vocabulary(config, files),
     }
     for file, content in files.items():
         try:
@@ -135,12 +128,21 @@ def _require_same(config: GptOssConfig, written: Path, destination: Path, layout
     problems = [
         f"{field.name}: the layout {layout!r} cannot express {wanted!r}, but only {got!r}"
         for field in dataclasses.fields(config)
-        if (wanted := getattr(config, field.name)) != (got := getattr(found, field.name))
+        if not _same(wanted := getattr(config, field.name), got := getattr(found, field.name))
         # OpenAI's files never name the ids that end a generation.
         and (layout, field.name) != ("openai", "eos_token_ids")
     ]
     if problems:
         raise CheckpointError(destination, problems)
+
+
+def _same(wanted: object, found: object) -> bool:
+    """Whether two values of a configuration are equal as far as a GGUF file can say."""
+    if isinstance(wanted, float) and isinstance(found, float):
+        return bool(np.float32(wanted) == np.float32(found))
+    if isinstance(wanted, YarnScaling) and isinstance(found, YarnScaling):
+        return all(_same(value, getattr(found, name)) for name, value in vars(wanted).items())
+    return wanted == found
 
 
 def _dump(value: dict[str, Any]) -> bytes:
