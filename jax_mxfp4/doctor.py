@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -15,14 +16,26 @@ _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 # A statically linked CUDA 13 runtime refuses drivers older than this (CUDA 13.0 release notes).
 _OLDEST_DRIVER = {12: 525, 13: 580}
 
+_WEIGHTS_120B = 65_248_815_744  # bytes of openai/gpt-oss-120b
+_WORKING_MEMORY = 3_000_000_000  # activations, a cache of 8192 positions and what XLA keeps
+_MEM_FRACTION = 0.95  # of a card that the driver leaves to one process, with a margin
+
 
 @dataclass(frozen=True)
 class Device:
-    """One JAX device: its platform, its product name, and (CUDA only) its compute capability."""
+    """One JAX device.
+
+    Attributes:
+        platform: such as "cpu" or "gpu".
+        kind: its product name.
+        compute_capability: CUDA only.
+        memory_limit: bytes that JAX may use of it, None where JAX does not tell.
+    """
 
     platform: str
     kind: str
     compute_capability: str | None
+    memory_limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,8 @@ def collect() -> Report:
     backend_error = None
     try:
         devices = tuple(
-            Device(d.platform, d.device_kind, _compute_capability(d)) for d in jax.devices()
+            Device(d.platform, d.device_kind, _compute_capability(d), _memory_limit(d))
+            for d in jax.devices()
         )
     except RuntimeError as error:  # for example JAX_PLATFORMS=cuda on a machine without a GPU
         backend_error = str(error)
@@ -141,8 +155,33 @@ def _outdated_gpus(report: Report, gpus: list[Device]) -> list[str]:
     ]
 
 
+def advice(report: Report) -> list[str]:
+    """Return one sentence for each setting that large models need and this process does not have.
+
+    JAX takes 75 % of a GPU at its first use and never more (XLA_PYTHON_CLIENT_MEM_FRACTION): of an
+    80 GB card 63 GB, less than the weights of gpt-oss-120b.
+    """
+    needed = _WEIGHTS_120B + _WORKING_MEMORY
+    small = [
+        (device.memory_limit, device.kind)
+        for device in report.devices
+        if device.compute_capability is not None
+        and device.memory_limit is not None
+        and device.memory_limit < needed
+    ]
+    if not small:
+        return []
+    limit, kind = small[0]
+    return [
+        f"JAX may use {limit * 1e-9:.1f} GB of {kind}; gpt-oss-120b on one GPU "
+        f"needs about {needed * 1e-9:.0f} GB. On a card of 80 GB set "
+        f"XLA_PYTHON_CLIENT_MEM_FRACTION={_MEM_FRACTION} before Python starts "
+        "(XLA_PYTHON_CLIENT_PREALLOCATE=false as well, where other processes use the GPU)."
+    ]
+
+
 def render(report: Report) -> str:
-    """Return the report as text: one fact a line, then what is lacking."""
+    """Return the report as text: one fact a line, then what is lacking and what could be set."""
     facts = {
         "python": report.python,
         **{name: found or "not installed" for name, found in report.packages.items()},
@@ -162,7 +201,14 @@ def render(report: Report) -> str:
         lines += ["", "lacking:", *(f"  - {sentence}" for sentence in missing)]
     else:
         lines += ["", "nothing is lacking: the CUDA kernels are in use"]
+    if advised := advice(report):
+        lines += ["", "for large models:", *(f"  - {sentence}" for sentence in advised)]
     return "\n".join(lines)
+
+
+def _memory_limit(device: Any) -> int | None:
+    stats = device.memory_stats()
+    return None if stats is None else stats.get("bytes_limit")
 
 
 def _compute_capability(device: object) -> str | None:

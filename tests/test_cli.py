@@ -74,6 +74,12 @@ def test_seed_decides_sampled_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert sample("1") != sample("2")
 
 
+def test_more_of_the_model_can_be_packed(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--cache-format", "fp8", "--pack", "embedding", "--pack", "unembedding"]
+    assert cli.run(["generate", "Once upon a time", "--max-new-tokens", "2", *options]) == 0
+    assert capsys.readouterr().out.startswith("Once upon a time")
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -89,6 +95,11 @@ def test_seed_decides_sampled_text(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "x", "--seed", "-1"], "expected 0 to 4294967295, found -1"),
         (["generate", "x", "--dtype", "int8"], "'--dtype'"),
         (["generate", "x", "--implementation", "tpu"], "'--implementation'"),
+        (["generate", "x", "--cache-format", "int8"], "'--cache-format'"),
+        (
+            ["generate", "x", "--pack", "router"],
+            "expected attention, embedding, unembedding, found",
+        ),
         (
             ["generate", "x", "--model", "/no/where"],
             "expected a checkpoint, found nothing at /no/where",

@@ -75,6 +75,23 @@ def test_newer_and_amd_gpus_are_no_lack() -> None:
     assert "1 x MI300X" in doctor.render(amd)
 
 
+def test_memory_for_the_large_model() -> None:
+    """75 % of an H100 is less than the weights of gpt-oss-120b."""
+
+    def with_limit(limit: int | None) -> doctor.Report:
+        return dataclasses.replace(
+            COMPLETE, devices=(dataclasses.replace(GPU, memory_limit=limit),)
+        )
+
+    (sentence,) = doctor.advice(with_limit(63_700_000_000))
+    assert "JAX may use 63.7 GB of NVIDIA H100" in sentence
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" in sentence
+    assert "XLA_PYTHON_CLIENT_PREALLOCATE=false" in sentence
+    assert doctor.render(with_limit(63_700_000_000)).endswith(f"for large models:\n  - {sentence}")
+    for limit in (80_700_000_000, None):
+        assert doctor.advice(with_limit(limit)) == []
+
+
 def test_driver_version(tmp_path: Path) -> None:
     file = tmp_path / "version"
     assert doctor.driver_version(file) is None

@@ -58,9 +58,9 @@ def test_clusters_that_split_k_run_at_once(select):
 
 
 def test_tiles_follow_the_tokens(select):
-    """No tile is twice as wide as the tokens need, and many tokens get the widest."""
+    """No tile is four times as wide as the tokens need, and many tokens get the widest."""
     for m, shape in product((17, 33, 65, 129, 257), SHAPES.values()):
-        assert select(m, *shape, H100, H100)["tile_m"] < 2 * max(m, 32)
+        assert select(m, *shape, H100, H100)["tile_m"] < 4 * max(m, 32)
     for shape in SHAPES.values():
         assert select(4096, *shape, H100, H100)["tile_m"] == 256
 

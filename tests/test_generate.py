@@ -1,6 +1,7 @@
 """Generation: greedy, sampled, streamed, batched."""
 
 import dataclasses
+import importlib
 import logging
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import pytest
 from jax_mxfp4.checkpoints import CheckpointError
 from jax_mxfp4.models.gpt_oss import GptOss, generate, load_tokenizer, mini_path
 from jax_mxfp4.models.gpt_oss.sampling import greedy, sample
+
+# The package has a function of this name.
+generation = importlib.import_module("jax_mxfp4.models.gpt_oss.generate")
 
 TINY = Path(__file__).parent / "golden" / "tiny-gptoss"
 PROMPT = [10, 200, 3]
@@ -135,6 +139,53 @@ def test_stops_early_when_all_sequences_have_ended(model):
     assert steps == [[free[0]]]
 
 
+def test_steps_are_launched_before_tokens_are_read(model, monkeypatch):
+    """The device never waits for the host to look at a token."""
+    events = []
+
+    def advance(*args, **kwargs):
+        events.append("launch")
+        return launched(*args, **kwargs)
+
+    launched = generation.advance
+    monkeypatch.setattr(generation, "advance", advance)
+    generate(model, PROMPT, max_new_tokens=16, eos_ids=(), stream=lambda _: events.append("read"))
+    assert events.index("read") == generation._AHEAD
+    assert (events.count("launch"), events.count("read")) == (15, 16)
+
+
+def test_a_step_takes_over_the_memory_of_its_state(model):
+    """Same addresses in every step, or a CUDA graph would have to be updated."""
+    options = generation.Options(jax.random.split(jax.random.key(0), 1), None, None, jnp.array([0]))
+    padded = np.zeros((1, 16), np.int32)
+    padded[0, :3] = PROMPT
+    logits, cache = model.prefill(padded, [3], model.init_cache(1, 32))
+    state = generation.start(logits, cache, options)
+
+    def addresses(state) -> list[int]:
+        return sorted(leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state))
+
+    before = addresses(state)
+    static = {"config": model.config, "implementation": model.implementation}
+    for _ in range(2):
+        state = generation.advance(model.params, state, options, **static)
+        assert addresses(state) == before
+
+
+def test_long_prompts_are_processed_in_chunks(model, monkeypatch):
+    prompts = [list(range(100, 130)), [5, 6, 7]]
+    expected = generate(model, prompts, max_new_tokens=2)
+    monkeypatch.setattr(generation, "_CHUNK_TOKENS", 32)  # 16 of each prompt
+    assert generate(model, prompts, max_new_tokens=2) == expected
+
+
+def test_the_cache_grows_with_the_sequences(model, monkeypatch):
+    """From less than the window of 32 to more, and once where it is full."""
+    expected = generate(model, PROMPT, max_new_tokens=34, eos_ids=())
+    monkeypatch.setattr(generation, "_FIRST_CACHE", 16)
+    assert generate(model, PROMPT, max_new_tokens=34, eos_ids=()) == expected
+
+
 def test_programs_are_shared_by_prompts_of_similar_length(model, caplog):
     def compiled(prompt: list[int], max_new_tokens: int) -> list[str]:
         caplog.clear()
@@ -194,11 +245,14 @@ def test_greedy_takes_the_first_of_equals():
     np.testing.assert_array_equal(greedy(jnp.array([[1.0, 3.0, 3.0], [0.0, 0.0, 0.0]])), [1, 0])
 
 
-def draws(logits: list[float], temperature: float, top_p: float, count: int = 4000) -> np.ndarray:
+def draws(
+    logits: list[float], temperature: float, top_p: float | None, count: int = 4000
+) -> np.ndarray:
     """Returns how often each token is drawn, as fractions."""
     rows = jnp.broadcast_to(jnp.array(logits), (count, len(logits)))
     keys = jax.random.split(jax.random.key(3), count)
-    tokens = sample(rows, keys, jnp.float32(temperature), jnp.float32(top_p))
+    nucleus = None if top_p is None else jnp.float32(top_p)
+    tokens = sample(rows, keys, jnp.float32(temperature), nucleus)
     return np.bincount(np.asarray(tokens), minlength=len(logits)) / count
 
 
@@ -209,6 +263,7 @@ PROBABILITIES = np.array([0.1, 0.5, 0.1, 0.3])
     ("temperature", "top_p", "expected"),
     [
         (1.0, 1.0, PROBABILITIES),
+        (1.0, None, PROBABILITIES),
         (0.5, 1.0, PROBABILITIES**2 / np.sum(PROBABILITIES**2)),
         # 0.5 is not enough and 0.8 is; of two equally likely tokens the lower id enters first.
         (1.0, 0.75, [0, 5 / 8, 0, 3 / 8]),
@@ -224,7 +279,8 @@ def test_distribution_of_samples(temperature, top_p, expected):
 
 
 def test_impossible_tokens_are_never_drawn():
-    assert draws([0.0, -np.inf, 0.0], 1.0, 1.0)[1] == 0
+    for top_p in (1.0, None):
+        assert draws([0.0, -np.inf, 0.0], 1.0, top_p)[1] == 0
 
 
 def test_tokenizer_round_trip(tokenizer):
@@ -240,5 +296,5 @@ def test_tokenizer_that_is_missing_or_damaged(tmp_path):
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: is not valid JSON"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="expected a tokenizer with a 'model'"):
+    with pytest.raises(CheckpointError, match="is no tokenizer: Model missing"):
         load_tokenizer(tmp_path)

@@ -102,6 +102,13 @@ def test_openai_without_scaling(tmp_path):
     assert config.max_position_embeddings == 4096
 
 
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 0, -1.0])
+def test_openai_factor_that_is_none(tmp_path, factor):
+    folder = changed(tmp_path, "original", {"rope_scaling_factor": factor})
+    with pytest.raises(CheckpointError, match="'rope_scaling_factor': expected a number above 0"):
+        read_config(folder)
+
+
 @pytest.mark.parametrize("layout", ["hf", "original"])
 def test_every_bad_key_is_reported_at_once(tmp_path, layout):
     folder = changed(

@@ -1,14 +1,23 @@
 """What the compiled model contains: our custom calls, and never all experts decoded."""
 
+import importlib
 import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from jax_mxfp4.ffi import DISABLE_EXPORT_CHECKS
-from jax_mxfp4.models.gpt_oss import GptOss, GptOssConfig, abstract_params, mini_path
+from jax_mxfp4.models.gpt_oss import (
+    GptOss,
+    GptOssConfig,
+    abstract_params,
+    attention,
+    cudnn,
+    mini_path,
+)
 from jax_mxfp4.models.gpt_oss.forward import decode_step, prefill
 
 LAYERS, EXPERTS, HIDDEN, INNER = 2, 32, 192, 96
@@ -71,15 +80,41 @@ def test_cuda_programs_of_generation():
     model = abstract_model(jnp.bfloat16, "cuda")
     cache = jax.eval_shape(lambda: model.init_cache(1, 64))
     lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
-    for function, args in (
-        (prefill, (model.params, TOKENS, lengths, cache)),
-        (decode_step, (model.params, lengths, cache)),
+    start = jax.ShapeDtypeStruct((), jnp.int32)
+    logits = jax.ShapeDtypeStruct((1, CONFIG.vocab_size), jnp.float32)
+    static = {"config": CONFIG, "implementation": "cuda"}
+    for function, args, options in (
+        (prefill, (model.params, TOKENS, lengths, cache, start, None), static | {"context": 0}),
+        (prefill, (model.params, TOKENS, lengths, cache, start, logits), static | {"context": 32}),
+        (decode_step, (model.params, lengths, cache), static),
     ):
-        jitted = jax.jit(function, static_argnames=("config", "implementation"))
-        text = jitted.trace(*args, config=CONFIG, implementation="cuda")
+        text = jax.jit(function, static_argnames=tuple(options)).trace(*args, **options)
         text = text.lower(lowering_platforms=("cuda",)).as_text()
         assert len(re.findall(r"custom_call @jax_mxfp4_moe\b", text)) == LAYERS
         assert max(float_sizes(text)) < ALL_EXPERTS
+
+
+@pytest.mark.usefixtures("kernels_registered")
+def test_cuda_prefill_uses_flash_attention(monkeypatch):
+    """As on a machine with a GPU: cuDNN itself is not asked before the program is compiled."""
+    stablehlo = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(stablehlo, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(stablehlo, "is_cuda_compute_capability_equal", lambda capability: False)
+    monkeypatch.setattr(cudnn, "is_usable", lambda dtype, head_dim: True)
+    monkeypatch.setattr(attention, "_FLASH_QUERIES", TOKENS.shape[1])
+    model = abstract_model(jnp.bfloat16, "cuda")
+    cache = jax.eval_shape(lambda: model.init_cache(1, 64))
+    lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+    start = jax.ShapeDtypeStruct((), jnp.int32)
+    logits = jax.ShapeDtypeStruct((1, CONFIG.vocab_size), jnp.float32)
+    # A function of its own: traces of `prefill` itself are kept from earlier tests.
+    chunk = partial(prefill, context=32, config=CONFIG, implementation="cuda")
+    jitted = jax.jit(lambda *args: chunk(*args))
+    text = jitted.trace(model.params, TOKENS, lengths, cache, start, logits)
+    text = text.lower(lowering_platforms=("cuda",)).as_text()
+    # The full layer: the chunk itself, and what came before it.
+    assert text.count("custom_call @__cudnn$fmhaSoftmax") == 2
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -105,6 +105,27 @@ def test_all_tokens_to_one_expert(implementation, tokens, dtype):
     check(implementation, args, (tokens,))
 
 
+@pytest.mark.parametrize("tokens", [3, 17, 300])
+def test_experts_without_tokens(implementation, tokens):
+    """The first, the last and every second expert have none."""
+    rng = np.random.default_rng(10)
+    args = list(operands(rng, tokens, 8, 2, 64, 96, BF16, biased=True))
+    used = np.array([1, 3, 5], np.int32)
+    args[1] = used[np.argsort(rng.random((tokens, 3)), axis=1)[:, :2]]
+    check(implementation, args, (tokens,))
+
+
+def test_nan_in_one_token_stays_in_it(implementation):
+    """In a tile of tokens that share an expert, too."""
+    args = list(operands(np.random.default_rng(12), 64, 4, 4, 64, 96, BF16, biased=True))
+    before = np.asarray(mx.moe(*args, implementation=implementation))
+    args[0] = args[0].copy()
+    args[0][20] = np.nan
+    after = np.asarray(mx.moe(*args, implementation=implementation))
+    assert np.isnan(after[20]).all()
+    np.testing.assert_array_equal(np.delete(after, 20, axis=0), np.delete(before, 20, axis=0))
+
+
 @pytest.mark.parametrize("tokens", [1, 17, 300])
 def test_ids_out_of_range_contribute_zero(implementation, tokens):
     rng = np.random.default_rng(1)

@@ -1,5 +1,6 @@
 """Reading `GptOssConfig` from the two dialects of `config.json`, and from a GGUF file."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from jax_mxfp4.checkpoints import (
     read_json_object,
     require_folder,
 )
+from jax_mxfp4.checkpoints.errors import shorten
 from jax_mxfp4.models.gpt_oss.config import GptOssConfig, LayerType, YarnScaling
 from jax_mxfp4.models.gpt_oss.config_gguf import (
     CARRIED_CONFIG,
@@ -139,6 +141,8 @@ def _openai(keys: Keys) -> dict[str, Any]:
     # OpenAI names the betas by what they bound: alpha is beta_slow, beta is beta_fast.
     beta_slow = keys.get("rope_ntk_alpha", float)
     beta_fast = keys.get("rope_ntk_beta", float)
+    if isinstance(factor, float) and not 0 < factor < math.inf:
+        keys.add("rope_scaling_factor", f"expected a number above 0, found {factor}")
     if not keys.problems:
         arguments["max_position_embeddings"] = int(min(context * max(factor, 1.0), INT32_MAX))
         if factor > 1:
@@ -181,7 +185,7 @@ def _layer_types(keys: Keys) -> tuple[LayerType, ...]:
     if not isinstance(layer_types, list):
         return ()
     if not all(isinstance(kind, str) for kind in layer_types):
-        keys.add("layer_types", f"expected a list of strings, found {layer_types!r}")
+        keys.add("layer_types", f"expected a list of strings, found {shorten(layer_types)}")
     elif num_layers and len(layer_types) != num_layers:
         keys.add("layer_types", f"expected {num_layers} entries, found {len(layer_types)}")
     return tuple(layer_types)
@@ -193,11 +197,11 @@ def _rope_scaling(rope: Keys) -> YarnScaling | None:
     if kind == "default":
         return None
     if kind != "yarn":
-        rope.add("rope_type", f"expected 'yarn' or 'default', found {kind!r}")
+        rope.add("rope_type", f"expected 'yarn' or 'default', found {shorten(kind)}")
         return None
     for unsupported in ("mscale", "mscale_all_dim"):
         if rope.data.get(unsupported) is not None:
-            rope.add(unsupported, f"not supported, found {rope.data[unsupported]!r}")
+            rope.add(unsupported, f"not supported, found {shorten(rope.data[unsupported])}")
     return yarn_scaling(
         rope,
         factor=rope.get("factor", float),
@@ -215,6 +219,6 @@ def _eos_token_ids(keys: Keys) -> tuple[int, ...]:
     value = keys.data.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(i) is int for i in ids):
-        keys.add("eos_token_id", f"expected int or a list of int, found {value!r}")
+        keys.add("eos_token_id", f"expected int or a list of int, found {shorten(value)}")
         return ()
     return tuple(ids)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jax_mxfp4.checkpoints.errors import shorten
 from jax_mxfp4.models.gpt_oss.config import LayerType, YarnScaling
 
 # The vocabulary of the released models, and the ids that end a generation there (their
@@ -12,7 +13,8 @@ HARMONY_EOS_TOKEN_IDS = (200002, 199999, 200012)
 
 # Sizes and positions are int32 in the model.
 INT32_MAX = 2**31 - 1
-_MAX_LAYERS = 10_000
+# Ten times what the largest models have; each one costs memory before a tensor is seen.
+_MAX_LAYERS = 1000
 
 _REQUIRED: Any = object()
 
@@ -36,18 +38,19 @@ class Keys:
             return default
         # Not isinstance: True must not pass for 1.
         if type(value) is int and abs(value) > INT32_MAX:
-            self.add(key, f"expected at most {INT32_MAX}, found {value}")
+            self.add(key, f"expected at most {INT32_MAX}, found {shorten(value)}")
         elif type(value) is int and kind is float:
             return float(value)
         elif type(value) is not kind:
-            self.add(key, f"expected {kind.__name__}, found {value!r}")
+            self.add(key, f"expected {kind.__name__}, found {shorten(value)}")
         return value
 
     def expect(self, key: str, supported: Any) -> None:
         """Require that data[key], where present, has the one value that is implemented."""
         value = self.data.get(key)
         if value is not None and value != supported:
-            self.add(key, f"expected {supported!r}, the only supported value, found {value!r}")
+            found = shorten(value)
+            self.add(key, f"expected {supported!r}, the only supported value, found {found}")
 
     def add(self, key: str, problem: str) -> None:
         """Record a problem with `key`."""

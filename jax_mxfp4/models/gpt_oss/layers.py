@@ -39,7 +39,7 @@ def linear(
         weight,
         (((x.ndim - 1,), (1,)), ((), ())),
         # Without it float32 means TF32 on GPUs with tensor cores.
-        precision=lax.Precision.HIGHEST,
+        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
     if bias is not None:
@@ -101,20 +101,27 @@ def _yarn_range(half: int, theta: float, scaling: YarnScaling) -> tuple[float, f
     return max(low, 0), min(high, 2 * half - 1)
 
 
-def rope(x: jax.Array, positions: jax.Array, config: GptOssConfig) -> jax.Array:
+def rotations(positions: jax.Array, config: GptOssConfig) -> tuple[jax.Array, jax.Array]:
+    """Return the scaled cosines and sines of positions int32 [B, T], float32 [B, T, head_dim / 2].
+
+    All layers rotate alike: compute them once.
+    """
+    frequencies, scale = rope_frequencies(config)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    return jnp.cos(angles) * np.float32(scale), jnp.sin(angles) * np.float32(scale)
+
+
+def rope(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate the two halves of each head by its position's angles, in float32.
 
     Args:
       x: [B, T, heads, head_dim].
-      positions: int32 [B, T].
-      config: gives the frequencies.
+      rotation: from `rotations`.
 
     Returns:
       x.dtype [B, T, heads, head_dim].
     """
-    frequencies, scale = rope_frequencies(config)
-    angles = positions.astype(jnp.float32)[..., None, None] * frequencies
-    cos, sin = jnp.cos(angles) * np.float32(scale), jnp.sin(angles) * np.float32(scale)
+    cos, sin = (table[:, :, None] for table in rotation)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

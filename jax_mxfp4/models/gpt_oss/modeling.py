@@ -1,6 +1,6 @@
 """`GptOss`: a GPT-OSS model as a pytree that can be called."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,14 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_mxfp4 import ops
 from jax_mxfp4.array import MXFP4Array
-from jax_mxfp4.checkpoints import Progress
+from jax_mxfp4.checkpoints import Placement, Progress
 from jax_mxfp4.format import BLOCK_SIZE
 from jax_mxfp4.models.gpt_oss import forward
-from jax_mxfp4.models.gpt_oss.cache import KVCache, init_cache
+from jax_mxfp4.models.gpt_oss.cache import KVCache, context_size, init_cache
 from jax_mxfp4.models.gpt_oss.config import GptOssConfig
 from jax_mxfp4.models.gpt_oss.config_json import read_config
+from jax_mxfp4.models.gpt_oss.kv_formats import CacheFormat
+from jax_mxfp4.models.gpt_oss.packing import DensePart, check_parts, pack_dense
 from jax_mxfp4.models.gpt_oss.params import Params, load_params
 from jax_mxfp4.ops import Implementation
 
@@ -34,7 +36,9 @@ def _logits(
 
 
 _logits_and_captures = jax.jit(forward.full_forward, static_argnames=_STATIC)
-_prefill = jax.jit(forward.prefill, static_argnames=_STATIC, donate_argnames="cache")
+_prefill = jax.jit(
+    forward.prefill, static_argnames=(*_STATIC, "context"), donate_argnames=("cache", "logits")
+)
 _decode_step = jax.jit(forward.decode_step, static_argnames=_STATIC, donate_argnames="cache")
 
 
@@ -70,6 +74,8 @@ class GptOss:
         dtype: DTypeLike = jnp.bfloat16,
         implementation: Implementation = None,
         *,
+        sharding: Placement = None,
+        pack: Collection[DensePart] = (),
         progress: Progress | None = None,
     ) -> "GptOss":
         """Load a checkpoint in Hugging Face's or OpenAI's layout, or a GGUF file.
@@ -80,11 +86,19 @@ class GptOss:
           path: folder with config.json and safetensors files, or a file `*.gguf`.
           dtype: float32, bfloat16 or float16. In float32 every product is in full float32.
           implementation: see the class.
+          sharding: the `jax.Device` or `jax.sharding.Sharding` of all parameters, or a function
+            (canonical name, logical shape) -> one of these; see `checkpoints.Placement`. By default
+            JAX's default device.
+          pack: which matrices that are stored unpacked to round to MXFP4 once they are loaded, of
+            "attention", "embedding" and "unembedding". Unlike everything else about loading, this
+            changes what the model computes.
           progress: called after each parameter with (name, bytes read so far, bytes of all).
 
         Raises:
           CheckpointError: a ValueError that names every problem with the files of `path`.
-          ValueError: `dtype` or `implementation` is unknown.
+          TypeError: `sharding` is something else.
+          ValueError: `dtype`, `implementation` or a part in `pack` is unknown, or `sharding` does
+            not fit.
           RuntimeError: `implementation` is "cuda" and cannot be had.
         """
         if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16, jnp.float16):
@@ -92,8 +106,10 @@ class GptOss:
         # Whether the implementation can be had is better known before the weights are loaded.
         row = MXFP4Array.shape_dtype((BLOCK_SIZE,))
         jax.eval_shape(partial(ops.dequantize, implementation=implementation), row)
+        check_parts(pack)
         config = read_config(path)
-        return cls(load_params(path, config, dtype, progress), config, implementation)
+        params = load_params(path, config, dtype, progress, sharding)
+        return cls(pack_dense(params, pack), config, implementation)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -105,8 +121,8 @@ class GptOss:
 
         Args:
           tokens: integers [B, T], each in [0, V). In a traced function they cannot be checked:
-            an id outside [-V, V) then makes all logits of its sequence NaN, and a negative one
-            counts from the end of the vocabulary.
+            an id outside [-V, V) then makes the logits at its place NaN, and any others of its
+            sequence may be NaN too; a negative one counts from the end of the vocabulary.
 
         Returns:
           float32 [B, T, V].
@@ -145,16 +161,28 @@ class GptOss:
         compiled = _logits_and_captures if capture else _logits
         return compiled(self.params, ids, forced, **self._static())
 
-    def init_cache(self, batch: int, max_len: int) -> KVCache:
+    def init_cache(self, batch: int, max_len: int, cache_format: CacheFormat = None) -> KVCache:
         """Return an empty cache for `batch` sequences of at most `max_len` tokens.
 
+        Args:
+          batch: B.
+          max_len: how many tokens a sequence can have.
+          cache_format: None keeps keys and values in the model's dtype; "fp8" and "mxfp4" store
+            them in half and about a quarter of the bytes of bfloat16, at a loss of accuracy.
+
         Raises:
-          ValueError: batch or max_len is below 1, or max_len beyond the model's longest sequence.
+          ValueError: batch or max_len is below 1, or max_len beyond the model's longest sequence;
+            cache_format is unknown, or "mxfp4" with heads that are no multiple of 32.
         """
-        return init_cache(self.config, batch, max_len, self.dtype)
+        return init_cache(self.config, batch, max_len, self.dtype, cache_format)
 
     def prefill(
-        self, tokens: ArrayLike, lengths: ArrayLike, cache: KVCache
+        self,
+        tokens: ArrayLike,
+        lengths: ArrayLike,
+        cache: KVCache,
+        *,
+        chunk_size: int | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Process whole prompts.
 
@@ -162,13 +190,16 @@ class GptOss:
           tokens: integers [B, T]; prompts shorter than T are padded at the end with any valid id.
           lengths: integers [B], the length of each prompt, 1 to T.
           cache: from `init_cache`. It is consumed: do not use it again.
+          chunk_size: process so many positions at a time, which bounds the memory for what is
+            computed in between; None for all at once.
 
         Returns:
           The logits after each prompt's last token, float32 [B, V], and the filled cache.
 
         Raises:
           TypeError: tokens or lengths are no integers.
-          ValueError: they have a wrong shape, lie outside their range, or do not fit the cache.
+          ValueError: they have a wrong shape, lie outside their range, or do not fit the cache;
+            chunk_size is below 1.
         """
         ids = self._tokens(tokens, 2)
         batch, length = ids.shape
@@ -179,7 +210,23 @@ class GptOss:
             )
         self._check_batch(batch, cache)
         sizes = _integers("lengths", lengths, (batch,), 1, length + 1)
-        return _prefill(self.params, ids, sizes, cache=cache, **self._static())
+        chunk = length if chunk_size is None else chunk_size
+        if chunk < 1:
+            raise ValueError(f"chunk_size: expected at least 1, found {chunk_size}")
+        logits = None
+        for start in range(0, length, chunk):
+            logits, cache = _prefill(
+                self.params,
+                ids[:, start : start + chunk],
+                sizes,
+                cache=cache,
+                start=jnp.int32(start),
+                logits=logits,
+                context=context_size(start, chunk, cache.max_len),
+                **self._static(),
+            )
+        assert logits is not None  # there is at least one position
+        return logits, cache
 
     def decode_step(self, tokens: ArrayLike, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Process one more token of each sequence.

@@ -7,15 +7,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from jax_mxfp4.array import MXFP4Array
 from jax_mxfp4.checkpoints import (
+    GptOssParameters,
     ParameterSpec,
+    Placement,
     Progress,
     open_checkpoint,
-    read_parameters,
+    place_parameters,
 )
 from jax_mxfp4.models.gpt_oss.config import GptOssConfig
 
@@ -127,22 +128,23 @@ def abstract_params(config: GptOssConfig, dtype: DTypeLike = jnp.bfloat16) -> Pa
 
 
 def load_params(
-    path: str | Path, config: GptOssConfig, dtype: DTypeLike, progress: Progress | None = None
+    path: str | Path,
+    config: GptOssConfig,
+    dtype: DTypeLike,
+    progress: Progress | None = None,
+    sharding: Placement = None,
 ) -> Params:
     """Read the parameters of the checkpoint `path`, a folder or a GGUF file.
 
-    Packed experts go to the device as they are stored; everything else is converted to `dtype`.
-    On the host there is never more than one parameter.
+    Packed experts go to their device as they are stored; everything else is converted to `dtype`.
+    What the host's memory holds meanwhile is said at `place_parameters`.
 
     Raises:
-      CheckpointError: see `open_checkpoint` and `read_parameters`.
+      CheckpointError: see `open_checkpoint` and `GptOssParameters`.
+      TypeError, ValueError: `sharding` does not fit; see `place_parameters`.
     """
-    reader = open_checkpoint(path)
-    loaded: dict[str, Any] = {}
-    for name, array in read_parameters(reader, parameter_specs(config), progress):
-        if isinstance(array, np.ndarray):
-            array = array.astype(jnp.dtype(dtype), copy=False)
-        loaded[name] = jax.device_put(array)
+    parameters = GptOssParameters(open_checkpoint(path), parameter_specs(config))
+    loaded = dict(place_parameters(parameters, dtype, sharding, progress))
     return _build(config, lambda name, shape, packed: loaded[name])
 
 

@@ -12,7 +12,7 @@ def greedy(logits: jax.Array) -> jax.Array:
 
 
 def sample(
-    logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: jax.Array
+    logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: jax.Array | None
 ) -> jax.Array:
     """Draw one token per row from the nucleus of softmax(logits / temperature).
 
@@ -23,11 +23,14 @@ def sample(
       logits: float32 [B, V].
       keys: one key for each row [B].
       temperature: float32 scalar above 0.
-      top_p: float32 scalar in (0, 1].
+      top_p: float32 scalar in (0, 1]; None draws from all tokens and saves sorting them.
 
     Returns:
       int32 [B].
     """
+    draw = jax.vmap(jax.random.categorical)
+    if top_p is None:
+        return draw(keys, logits / temperature).astype(jnp.int32)
     order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
     ranked = jnp.take_along_axis(logits, order, axis=-1) / temperature
     probabilities = jax.nn.softmax(ranked, axis=-1)
@@ -36,5 +39,5 @@ def sample(
     inside = (before < top_p) | (top_p >= 1)
     inside = inside.at[:, 0].set(True)
     nucleus = jnp.where(inside, ranked, np.float32(-np.inf))
-    rank = jax.vmap(jax.random.categorical)(keys, nucleus)
+    rank = draw(keys, nucleus)
     return jnp.take_along_axis(order, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)

@@ -1,7 +1,8 @@
 """The tokenizer that lies beside a checkpoint, or in it."""
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jax_mxfp4.checkpoints import (
     CheckpointError,
@@ -10,6 +11,7 @@ from jax_mxfp4.checkpoints import (
     parse_json_object,
     read_json_object,
 )
+from jax_mxfp4.checkpoints.gguf_vocabulary import tokenizer_from_metadata
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -17,37 +19,44 @@ if TYPE_CHECKING:
 CARRIED_TOKENIZER = "tokenizer.huggingface.json"
 """The GGUF specification's key for a whole tokenizer.json."""
 
+# GPT-OSS has 28 MB of it.
+_MAX_TOKENIZER_BYTES = 2**26
+
 
 def load_tokenizer(path: str | Path) -> "Tokenizer":
     """Return the `tokenizers.Tokenizer` of the checkpoint `path`.
 
     Args:
-      path: a folder with tokenizer.json, or a GGUF file that carries that text.
+      path: a folder with tokenizer.json, or a GGUF file that carries that text, or else the
+        vocabulary for llama.cpp.
 
     Raises:
-      CheckpointError: `path` has no tokenizer.json, or that is no tokenizer.
+      CheckpointError: `path` has no tokenizer.json and no vocabulary that can take its place, or
+        what it has is no tokenizer.
     """
-    from tokenizers import Tokenizer
-
     path = Path(path)
     if is_gguf(path):
-        text = GgufFile(path).metadata.get(CARRIED_TOKENIZER)
+        metadata = GgufFile(path).metadata
+        text = metadata.get(CARRIED_TOKENIZER)
         if text is None:
-            raise CheckpointError(
-                path, f"has no metadata {CARRIED_TOKENIZER!r}; text needs a tokenizer.json"
-            )
-        _require_model(path, parse_json_object(path, text, f"metadata key {CARRIED_TOKENIZER!r}"))
-        return Tokenizer.from_str(text)
+            return _build(path, tokenizer_from_metadata(path, metadata))
+        return _build(path, parse_json_object(path, text, f"metadata key {CARRIED_TOKENIZER!r}"))
     file = path / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(
             file, "missing; text needs the checkpoint's tokenizer beside its weights"
         )
-    _require_model(file, read_json_object(file))
-    return Tokenizer.from_file(str(file))
+    return _build(file, read_json_object(file, _MAX_TOKENIZER_BYTES))
 
 
-def _require_model(file: Path, tokenizer: dict) -> None:
-    # The library reports a damaged file as a bare Exception that does not name it.
-    if "model" not in tokenizer:
-        raise CheckpointError(file, "expected a tokenizer with a 'model', found none")
+def _build(file: Path, tokenizer: dict[str, Any]) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(json.dumps(tokenizer))
+    except BaseException as error:
+        # The library has no exceptions of its own: it raises bare ones for text that it does not
+        # understand, and a panic of its compiled code derives from BaseException only.
+        if type(error) is Exception or type(error).__name__ == "PanicException":
+            raise CheckpointError(file, f"is no tokenizer: {error}") from error
+        raise
