@@ -157,9 +157,10 @@ def _measure(args: argparse.Namespace, results: Results) -> int:
         buffer_bytes=args.roof_mib * 2**20, gemm_size=args.roof_gemm, samples=settings.samples
     )
     results.head |= {
-        "hbm_read_gbs": round(roofs.hbm_read_gbs, 1),
-        "hbm_copy_gbs": round(roofs.hbm_copy_gbs, 1),
-        "bf16_tflops": round(roofs.bf16_tflops, 1),
+        # Digits, not decimals: in tests a roof can be less than 0.1.
+        "hbm_read_gbs": float(f"{roofs.hbm_read_gbs:.5g}"),
+        "hbm_copy_gbs": float(f"{roofs.hbm_copy_gbs:.5g}"),
+        "bf16_tflops": float(f"{roofs.bf16_tflops:.5g}"),
         "read_by": roofs.read_by,
     }
     say(
