@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from results import Refused
@@ -31,7 +32,7 @@ from jax_mxfp4.checkpoints import open_checkpoint
 from jax_mxfp4.checkpoints.gpt_oss_layout import plan
 from jax_mxfp4.checkpoints.safetensors_writer import NewTensor, SafetensorsWriter
 from jax_mxfp4.convert import convert
-from jax_mxfp4.models.gpt_oss import GptOssConfig
+from jax_mxfp4.models.gpt_oss import GptOss, GptOssConfig
 from jax_mxfp4.models.gpt_oss.config_writing import hugging_face_json
 from jax_mxfp4.models.gpt_oss.params import parameter_specs
 from jax_mxfp4.models.gpt_oss.released import released_config
@@ -55,7 +56,7 @@ def measure_load(layout: str, layers: int, folder: Path, samples: int, say: Say)
       say: reports progress.
 
     Raises:
-      Refused: the file system has too little room.
+      Refused: there is too little room on the file system, or in memory.
     """
     config = _with_layers(layers)
     with temporary_folder(folder) as scratch:
@@ -67,6 +68,7 @@ def measure_load(layout: str, layers: int, folder: Path, samples: int, say: Say)
             reads.append(read_seconds(files))
             say(f"read {nbytes / reads[-1] / 1e9:.2f} GB/s")
             drop_from_cache(files)
+            require_memory(nbytes)
             loads.append(load(path))
             say(f"loaded {nbytes / loads[-1]['seconds'] / 1e9:.2f} GB/s")
         largest = max(info.nbytes for info in open_checkpoint(path).tensors.values())
@@ -129,6 +131,17 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def require_memory(nbytes: int) -> None:
+    """Refuse to load so much where that would end other processes.
+
+    Raises:
+      Refused: too little of the host's memory is available.
+    """
+    needed = nbytes + 2**31 if jax.default_backend() == "cpu" else 2**32
+    if (available := _proc_bytes("meminfo", "MemAvailable")) < needed:
+        raise Refused(f"loading needs {needed:,} bytes of memory, found {available:,}")
 
 
 def read_seconds(files: list[Path]) -> float:
@@ -210,19 +223,16 @@ def _content(
 
 def _load_here(path: Path) -> dict[str, Any]:
     """Load a checkpoint and return how long it took and what the process needed for it."""
-    import jax
-
-    from jax_mxfp4.models.gpt_oss import GptOss
-
     jax.block_until_ready(jax.device_put(np.zeros(1)))  # starts the backend
-    before = _rss("VmRSS")
+    before = _proc_bytes("self/status", "VmRSS")
     start = time.perf_counter()
     model = jax.block_until_ready(GptOss.from_pretrained(path))
     seconds = time.perf_counter() - start
     return {
         "seconds": seconds,
         "rss_before_bytes": before,
-        "peak_rss_bytes": _rss("VmHWM"),
+        # Unlike what `getrusage` says, not that of the process that this one came from.
+        "peak_rss_bytes": _proc_bytes("self/status", "VmHWM"),
         "host_array_bytes": sum(
             leaf.nbytes
             for leaf in jax.tree.leaves(model)
@@ -231,12 +241,12 @@ def _load_here(path: Path) -> dict[str, Any]:
     }
 
 
-def _rss(field: str) -> int:
-    """A size of this process in bytes; unlike `getrusage`, not that of the one it came from."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def _proc_bytes(file: str, field: str) -> int:
+    """A size in bytes from a file below /proc."""
+    for line in Path("/proc", file).read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status: no {field}")
+    raise OSError(f"/proc/{file}: no {field}")
 
 
 if __name__ == "__main__":

@@ -96,3 +96,11 @@ def test_too_little_room(tmp_path, monkeypatch):
     with pytest.raises(Refused, match=r"free bytes, found 1,000"):
         load.measure_load("huggingface", 1, tmp_path, 1, lambda text: None)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("small")
+def test_too_little_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(load, "_proc_bytes", lambda file, field: 1000)
+    with pytest.raises(Refused, match=r"bytes of memory, found 1,000"):
+        load.measure_load("huggingface", 1, tmp_path, 1, lambda text: None)
+    assert list(tmp_path.iterdir()) == []

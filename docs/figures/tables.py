@@ -120,6 +120,31 @@ def gptq_layers(results: Results) -> str:
     return markdown(["SQNR of outputs, dB", *columns], rows)
 
 
+def gptq_mini(results: Results) -> str:
+    """Increase of perplexity of the built-in model with rounded experts, on three texts."""
+    texts = ["books_val", "wikitext2_test_detok", "wiki"]
+    base = results["rows"][0]
+    header = ["experts", "books", "WikiText-2, detokenized", "WikiText-2, raw"]
+    rows = [["bfloat16: perplexity", *(f"{base[text]:.2f}" for text in texts)]]
+    rows += [
+        [row["experts"], *(f"{row[f'{text}_increase_percent']:+.2f} %" for text in texts)]
+        for row in results["rows"][1:]
+    ]
+    return markdown(header, rows)
+
+
+def gptq_model(results: Results) -> str:
+    """Perplexity of a whole model by plain rounding and by GPTQ."""
+    rows = [
+        [
+            *(row["weights"], f"{row['perplexity']:.2f}", f"{row['increase_percent']:+.1f} %"),
+            *(f"{row['kl']:.3f}", f"{row['top1']:.1%}"),
+        ]
+        for row in results["rows"]
+    ]
+    return markdown(["weights", "perplexity", "change", "KL", "top-1"], rows)
+
+
 def mini_cache(results: Results) -> str:
     """What `benchmarks/mini_accuracy.py` found for formats of the key-value cache."""
     rows = [row for row in results["rows"] if row["op"] == "cache"]
@@ -197,6 +222,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
         eval_compare,
         eval_sensitivity,
         gptq_layers,
+        gptq_mini,
         mini_cache,
         mini_packing,
         xla_cpu,

@@ -127,6 +127,7 @@ def calibrate_experts(
             first = (dense.mlp.gate_up[0], dense.mlp.down[0])
             settings = {
                 **asdict(options),
+                "dtype": str(dtype),
                 "layers": config.num_layers,
                 "tokens": fingerprint(tokens),
                 "first_layer": fingerprint(*first),

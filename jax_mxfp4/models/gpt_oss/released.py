@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jax_mxfp4.array import MXFP4Array
 from jax_mxfp4.models.gpt_oss.config import GptOssConfig
 from jax_mxfp4.models.gpt_oss.params import Params, abstract_params
 
@@ -75,6 +74,7 @@ def _nbytes(leaf: jax.ShapeDtypeStruct) -> int:
 
 
 def _kind(path: tuple[Any, ...]) -> str:
+    """Return what an array is from the name of its field, in `Params` or in `MXFP4Array`."""
     name = path[-1].name
     return name if name in ("blocks", "scales", "norm") else "dense"
 
@@ -92,6 +92,3 @@ def _random_leaf(
         low, high = _SCALES
         return np.uint8(low) + jax.random.bits(key, shape, jnp.uint8) % np.uint8(high - low + 1)
     return jax.random.bits(key, shape, jnp.uint8)
-
-
-assert MXFP4Array.__dataclass_fields__.keys() == {"blocks", "scales"}  # what `_kind` relies on
