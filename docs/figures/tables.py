@@ -133,18 +133,6 @@ def gptq_mini(results: Results) -> str:
     return markdown(header, rows)
 
 
-def gptq_model(results: Results) -> str:
-    """Perplexity of a whole model by plain rounding and by GPTQ."""
-    rows = [
-        [
-            *(row["weights"], f"{row['perplexity']:.2f}", f"{row['increase_percent']:+.1f} %"),
-            *(f"{row['kl']:.3f}", f"{row['top1']:.1%}"),
-        ]
-        for row in results["rows"]
-    ]
-    return markdown(["weights", "perplexity", "change", "KL", "top-1"], rows)
-
-
 def mini_cache(results: Results) -> str:
     """What `benchmarks/mini_accuracy.py` found for formats of the key-value cache."""
     rows = [row for row in results["rows"] if row["op"] == "cache"]
