@@ -13,6 +13,7 @@ from jax.profiler import ProfileData
 # XLA numbers kernels of a kind: loop_add_fusion_3 is one of the loop_add_fusions.
 _NUMBER = re.compile(r"[_.]\d+")
 _TEMPLATE = re.compile(r"[<(].*")
+_UNNAMED = "(anonymous namespace)::"
 
 
 def kernel_times(run: Callable[[], Any], runs: int, top: int = 15) -> list[dict[str, Any]]:
@@ -60,7 +61,7 @@ def summarize(profile: ProfileData, runs: int, top: int) -> list[dict[str, Any]]
 
 def kind_of(name: str) -> str:
     """A kernel's name without numbers, template arguments, return type and parameters."""
-    plain = _TEMPLATE.sub("", name).split(" ")[-1] or name
+    plain = _TEMPLATE.sub("", name.replace(_UNNAMED, "")).split(" ")[-1] or name
     return _NUMBER.sub("", plain.split("::")[-1])
 
 

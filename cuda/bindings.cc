@@ -31,21 +31,32 @@ const char* name_of(jax_mxfp4::GemmKind kind) {
   }
 }
 
-nb::dict select_gemm(int64_t m, int64_t n, int64_t k, int streaming_multiprocessors,
-                     int wgmma_multiprocessors) {
-  const jax_mxfp4::GemmChoice choice =
-      jax_mxfp4::select_gemm({m, n, k, streaming_multiprocessors, wgmma_multiprocessors});
-  const jax_mxfp4::GemmConfig& config = jax_mxfp4::kGemmConfigs[choice.config];
+nb::dict describe(int index, int split) {
+  const jax_mxfp4::GemmConfig& config = jax_mxfp4::kGemmConfigs[index];
   nb::dict result;
-  result["index"] = choice.config;
+  result["index"] = index;
   result["kind"] = name_of(config.kind);
   result["tile_m"] = config.tile_m;
   result["tile_n"] = config.tile_n();
   result["stage_k"] = 128 * config.stage_chunks();
   result["warps_k"] = config.warps_k;
   result["stages"] = config.stages;
-  result["split"] = choice.split;
+  result["split"] = split;
   return result;
+}
+
+nb::dict select_gemm(int64_t m, int64_t n, int64_t k, int streaming_multiprocessors,
+                     int wgmma_multiprocessors) {
+  const jax_mxfp4::GemmChoice choice =
+      jax_mxfp4::select_gemm({m, n, k, streaming_multiprocessors, wgmma_multiprocessors});
+  return describe(choice.config, choice.split);
+}
+
+nb::dict select_moe(int64_t pairs, int64_t experts, int64_t d, int64_t inner,
+                    int streaming_multiprocessors, int wgmma_multiprocessors) {
+  return describe(jax_mxfp4::select_moe({pairs, experts, d, inner, streaming_multiprocessors,
+                                         wgmma_multiprocessors}),
+                  1);
 }
 
 }  // namespace
@@ -75,4 +86,7 @@ NB_MODULE(_native, m) {
   m.def("select_gemm", &select_gemm, nb::arg("m"), nb::arg("n"), nb::arg("k"),
         nb::arg("streaming_multiprocessors"), nb::arg("wgmma_multiprocessors"),
         "The compiled configuration that serves y[m, n] = x[m, k] w[n, k]^T.");
+  m.def("select_moe", &select_moe, nb::arg("pairs"), nb::arg("experts"), nb::arg("d"),
+        nb::arg("inner"), nb::arg("streaming_multiprocessors"), nb::arg("wgmma_multiprocessors"),
+        "The compiled configuration that serves both products of an expert layer.");
 }

@@ -109,6 +109,7 @@ class Checker {
     if (buffer.element_count() == 0) return {nullptr, DType::kF32};
     DType bias_type = floating(name, buffer);
     shape(name, buffer, expected);
+    aligned(name, buffer);
     return {buffer.untyped_data(), bias_type};
   }
   bool ok() const { return message_.empty(); }

@@ -34,7 +34,7 @@ constexpr int kChunk = 128;  // elements of K that one warp consumes per step
 enum class Epilogue {
   kDense,   // out[m, n] = acc + bias
   kGateUp,  // hidden[row, n/2] = clamped SwiGLU of the row pair (2i, 2i+1)
-  kDown,    // partial[pair, n] = routing weight * (acc + bias)
+  kDown,    // partial[row, n] = acc + bias, in f32
 };
 
 struct GemmArgs {
@@ -43,16 +43,26 @@ struct GemmArgs {
   Bias bias;
   void* out;
   DType out_type;  // kDense only
-  int64_t m;       // rows of x; grouped: unused
+  int64_t m;       // rows of x
   int n, k;
   int tiles_n;  // tiled kernels only
   // Grouped epilogues only.
-  const int32_t* tiles;         // {expert, first position, rows, unused} per token tile
+  int experts;
+  const int32_t* tiles;  // {expert, first position, rows, unused} per token tile
+  const int32_t* tile_count;
   const int32_t* sorted_pairs;  // position -> pair
-  const float* pair_weights;
   int top_k;
   float alpha, limit;
 };
+
+constexpr __host__ __device__ int size_of(DType type) { return type == DType::kF32 ? 4 : 2; }
+
+__device__ __forceinline__ float load_shared_float(uint32_t shared, DType type, int i) {
+  if (type == DType::kF32) return __uint_as_float(ptx::load_shared4(shared + 4 * i));
+  const uint32_t word = ptx::load_shared4(shared + i / 2 * 4) >> (i % 2 * 16);
+  return type == DType::kF16 ? __half2float(__ushort_as_half(uint16_t(word)))
+                             : __uint_as_float(word << 16);
+}
 
 __device__ __forceinline__ float load_float(const void* data, DType type, int64_t i) {
   switch (type) {
@@ -63,6 +73,16 @@ __device__ __forceinline__ float load_float(const void* data, DType type, int64_
     default:
       return static_cast<const float*>(data)[i];
   }
+}
+
+// Two values as f16 or bf16.
+__device__ __forceinline__ uint32_t pack_pair(float a, float b, DType type) {
+  if (type == DType::kF16) {
+    const __half2 v = __floats2half2_rn(a, b);
+    return reinterpret_cast<const uint32_t&>(v);
+  }
+  const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+  return reinterpret_cast<const uint32_t&>(v);
 }
 
 __device__ __forceinline__ void store_float(void* data, DType type, int64_t i, float v) {
@@ -78,12 +98,24 @@ __device__ __forceinline__ void store_float(void* data, DType type, int64_t i, f
   }
 }
 
+// Four neighbours at once; the first is aligned to four.
+__device__ __forceinline__ void store_four(void* data, DType type, int64_t first,
+                                           const float (&v)[4]) {
+  if (type == DType::kF32) {
+    *reinterpret_cast<float4*>(static_cast<float*>(data) + first) =
+        make_float4(v[0], v[1], v[2], v[3]);
+    return;
+  }
+  const uint2 words = {pack_pair(v[0], v[1], type), pack_pair(v[2], v[3], type)};
+  *reinterpret_cast<uint2*>(static_cast<uint16_t*>(data) + first) = words;
+}
+
 // GPT-OSS activation: gate is clamped from above only, up from both sides. NaN passes through,
 // which fminf alone would swallow.
 __device__ __forceinline__ float clamped_swiglu(float gate, float up, float alpha, float limit) {
   gate = gate > limit ? limit : gate;
   up = up > limit ? limit : (up < -limit ? -limit : up);
-  return gate / (1.0f + expf(-alpha * gate)) * (up + 1.0f);
+  return __fdividef(gate, 1.0f + __expf(-alpha * gate)) * (up + 1.0f);
 }
 
 // The high halves of two f32 as a bf16 pair: truncation, so that what remains is exact.

@@ -1,5 +1,8 @@
 #include "gemm_config.h"
 
+#include <cmath>
+#include <initializer_list>
+
 namespace jax_mxfp4 {
 namespace {
 
@@ -79,7 +82,7 @@ GemmChoice select_wgmma(const GemmShape& shape) {
     const int64_t tiles = ceil_div(shape.m, config.tile_m) * ceil_div(shape.n, config.tile_n());
     for (const int split : kSplits) {
       if (split > 1 && (tiles > clusters_at_once(shape.wgmma_multiprocessors, split) ||
-                        split > shape.k / 64 || config.tile_m > kMaxSplitTileM))
+                        split > ceil_div(shape.k, 128) || config.tile_m > kMaxSplitTileM))
         continue;
       const float us = wgmma_us(config, shape, tiles, split);
       if (best.config < 0 || us < best_us) {
@@ -104,6 +107,63 @@ GemmChoice select_gemm(const GemmShape& shape) {
     return {0, 1};  // at most two token tiles; the second read of the weights hits L2
   if (shape.m <= 64) return {1, 1};
   return {2, 1};
+}
+
+namespace {
+
+// Tiles that an expert's pairs fill, expected if they choose independently: the sum over i of the
+// probability of more than i * tile_m pairs, in the normal approximation of their Poisson count.
+double tiles_of_expert(double mean, int tile_m) {
+  double tiles = 1.0 - std::exp(-mean);
+  for (int i = 1; i * tile_m < mean + 8 * std::sqrt(mean) + 8; ++i)
+    tiles += 0.5 * std::erfc((i * tile_m + 0.5 - mean) / std::sqrt(2 * mean));
+  return tiles;
+}
+
+int select_grouped_wgmma(const MoeShape& shape, double mean) {
+  int best = -1;
+  double best_us = 0;
+  for (int i = 0; i < kNumGemmConfigs; ++i) {
+    const GemmConfig& config = kGemmConfigs[i];
+    if (!is_grouped_wgmma(config)) continue;
+    const double segments = shape.experts * tiles_of_expert(mean, config.tile_m);
+    double us = 0;
+    for (const bool down : {false, true}) {
+      const int64_t n = down ? shape.d : 2 * shape.inner, k = down ? shape.inner : shape.d;
+      const double tiles = segments * double(ceil_div(n, config.tile_n()));
+      us += std::ceil(tiles / shape.wgmma_multiprocessors) *
+            (double(k) / 64 * config.wgmma.step_us + 1.5);
+    }
+    if (best < 0 || us < best_us) {
+      best = i;
+      best_us = us;
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+int select_moe(const MoeShape& shape) {
+  const double mean = double(shape.pairs) / double(shape.experts);
+  // Beyond some tokens an expert's second tile costs more than the wgmma kernels' launches
+  // (measured: 12); up to half of a tile's tokens few experts have a second one.
+  if (shape.streaming_multiprocessors > 0 && shape.pairs <= kStreamingMoePairs &&
+      shape.experts <= kStreamingMoeExperts && mean <= 12) {
+    int best = -1;
+    for (int i = 0; i < kNumGemmConfigs; ++i) {
+      const GemmConfig& config = kGemmConfigs[i];
+      const int64_t stage = 128 * config.stage_chunks();
+      if (is_streaming_moe(config) && config.tile_m == (mean > 4 ? 16 : 8) && shape.d <= stage &&
+          shape.inner <= stage && shape.d % config.tile_n() == 0 &&
+          2 * shape.inner % config.tile_n() == 0)
+        best = i;  // of two the later has more rows: fewer handovers
+    }
+    if (best >= 0) return best;
+  }
+  if (shape.wgmma_multiprocessors > 0 && mean > 4 && shape.d % 64 == 0 && shape.inner % 64 == 0)
+    return select_grouped_wgmma(shape, mean);
+  return select_gemm({ceil_div(shape.pairs, shape.experts), 2 * shape.inner, shape.d, 0, 0}).config;
 }
 
 }  // namespace jax_mxfp4

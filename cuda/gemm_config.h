@@ -7,12 +7,12 @@
 namespace jax_mxfp4 {
 
 struct GemmShape {
-  int64_t m;  // rows of x; for grouped products the mean number of rows per expert, rounded up
+  int64_t m;  // rows of x
   int64_t n;
   int64_t k;
   // What the device and the call allow beside the tiled kernels: multiprocessors for the streaming
   // kernels (sm_90 and later) and for the wgmma kernels (sm_90 only). Both are 0 for activations
-  // other than bf16 and for grouped products.
+  // other than bf16.
   int streaming_multiprocessors;
   int wgmma_multiprocessors;
 };
@@ -70,20 +70,32 @@ inline constexpr GemmConfig kGemmConfigs[] = {
     {GemmKind::kStreaming, 16, 4, 1, 8, 1, 3},
     // More tokens. 192-row tiles divide 2880 and 5760, 256-row tiles suit the powers of two, and
     // 128-row tiles fill the GPU where the others are too few.
-    {GemmKind::kWgmma, 32, 1, 12, 1, 2, 8, {false, true, 0.43f}},
-    {GemmKind::kWgmma, 32, 2, 8, 1, 2, 8, {true, true, 0.59f}},
-    {GemmKind::kWgmma, 64, 1, 8, 1, 2, 8, {true, true, 0.37f}},
-    {GemmKind::kWgmma, 64, 1, 12, 1, 2, 8, {false, true, 0.52f}},
-    {GemmKind::kWgmma, 128, 1, 8, 1, 2, 6, {true, true, 0.48f}},
-    {GemmKind::kWgmma, 128, 1, 12, 1, 2, 6, {true, false, 0.65f}},
+    {GemmKind::kWgmma, 32, 1, 12, 1, 2, 5, {false, true, 0.45f}},
+    {GemmKind::kWgmma, 32, 2, 8, 1, 2, 5, {true, true, 0.57f}},
+    {GemmKind::kWgmma, 64, 1, 8, 1, 2, 4, {true, true, 0.40f}},
+    {GemmKind::kWgmma, 64, 1, 12, 1, 2, 4, {false, true, 0.56f}},
+    {GemmKind::kWgmma, 96, 1, 12, 1, 2, 3, {false, true, 0.61f}},
+    {GemmKind::kWgmma, 128, 1, 8, 1, 2, 3, {true, true, 0.48f}},
+    {GemmKind::kWgmma, 128, 1, 12, 1, 2, 3, {true, false, 0.66f}},
     // Each decoded weight serves 192 or 256 tokens.
-    {GemmKind::kWgmma, 192, 1, 8, 1, 2, 5, {true, true, 0.58f}},
-    {GemmKind::kWgmma, 256, 1, 8, 1, 2, 5, {true, true, 0.71f}},
+    {GemmKind::kWgmma, 192, 1, 8, 1, 2, 5, {true, true, 0.65f}},
+    {GemmKind::kWgmma, 256, 1, 8, 1, 2, 5, {true, true, 0.76f}},
 };
 inline constexpr int kNumGemmConfigs = sizeof(kGemmConfigs) / sizeof(kGemmConfigs[0]);
 
 // The exchange of sums takes place in the memory of the pipeline.
 inline constexpr int kMaxSplitTileM = 128;
+
+// The expert layer streams too: both products with K in one stage, and the schedule of its pairs in
+// shared memory.
+constexpr bool is_streaming_moe(const GemmConfig& config) {
+  return config.kind == GemmKind::kStreaming && config.stage_chunks() == 24;
+}
+constexpr bool is_grouped_wgmma(const GemmConfig& config) {
+  return config.kind == GemmKind::kWgmma && config.rows == 1;
+}
+inline constexpr int kStreamingMoePairs = 512;
+inline constexpr int kStreamingMoeExperts = 512;
 
 struct GemmChoice {
   int config;  // index into kGemmConfigs
@@ -92,5 +104,16 @@ struct GemmChoice {
 
 // The result depends on the shape alone: equal shapes give equal bits.
 GemmChoice select_gemm(const GemmShape& shape);
+
+struct MoeShape {
+  int64_t pairs;  // tokens * top_k
+  int64_t experts;
+  int64_t d, inner;
+  int streaming_multiprocessors, wgmma_multiprocessors;  // as for GemmShape
+};
+
+// The configuration of both products of an expert layer. It cannot depend on how many pairs an
+// expert gets, which only the device knows.
+int select_moe(const MoeShape& shape);
 
 }  // namespace jax_mxfp4

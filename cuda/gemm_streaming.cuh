@@ -32,7 +32,7 @@ struct StreamingGemm {
   static constexpr int kGroups = kTileM / 8;
   // One copy instruction serves one row and takes its warp some 80 cycles: one warp of them would
   // hold back the memory.
-  static constexpr int kProducers = kWarps == 12 ? 2 : 3;
+  static constexpr int kProducers = kStageChunks == 24 ? 2 : 3;
   static constexpr int kThreads = 32 * (kWarps + 1 + kProducers);
   static constexpr int kEpilogue = kWarps;
 
@@ -48,13 +48,23 @@ struct StreamingGemm {
   static constexpr int kSumStride = kTileN + 4;  // conflict-free scatter of the fragments
   static constexpr int kSumBytes = kWarps * kTileM * kSumStride * 4;
   static constexpr int kSumOffset = kStages * kStageBytes;
-  static constexpr int kBarrierOffset = kSumOffset + 2 * kSumBytes;
+  // The bias comes along with the codes, since an ordinary load would queue behind all the copies
+  // in flight; it stays until the epilogue warp, a few tiles later, has used it.
+  static constexpr int kBiases = 16, kBiasBytes = kTileN * 4;
+  static_assert(kBiases >= kStages + 5);
+  static constexpr int kBiasOffset = kSumOffset + 2 * kSumBytes;
+  static constexpr int kBarrierOffset = kBiasOffset + kBiases * kBiasBytes;
   static constexpr int kSharedBytes = kBarrierOffset + (kPieces + 2) * 8;
   static_assert(kStride % 128 == 64 && kStageBytes % 16 == 0 && kSharedBytes <= 227 * 1024);
 
   struct Barriers {
     uint32_t full, free;  // arrays of kPieces and 2
     __device__ explicit Barriers(uint32_t base) : full(base), free(full + 8 * kPieces) {}
+    __device__ void init() const {
+      for (int p = 0; p < kPieces; ++p) ptx::barrier_init(full + 8 * p, kProducers);
+      for (int b = 0; b < 2; ++b) ptx::barrier_init(free + 8 * b, 32);
+      ptx::barrier_init_fence();
+    }
   };
 
   // Sums and empty stages are handed over by named barriers: every lane that wrote or read takes
@@ -67,73 +77,94 @@ struct StreamingGemm {
     return (args.k + 2 * kRowBytes - 1) / (2 * kRowBytes);
   }
 
-  __device__ static void produce(const GemmArgs& args, uint32_t shared, const Barriers& barriers,
-                                 int producer) {
+  // One copy warp's share of a stage: rows producer, producer + kProducers, ... of the tile that
+  // starts at `first_row`, announced piece by piece to the barriers at `full`; with the
+  // first slice also the tile's bias.
+  __device__ static void copy_stage(const PackedWeights& weights, const Bias& bias, int k,
+                                    int64_t first_row, int slice, int num_slices, uint32_t stage,
+                                    uint32_t bias_slot, uint32_t full, int producer) {
     const int lane = threadIdx.x % 32;
     const int row = producer + kProducers * lane;
     const bool copies = row < kTileN;
     const int rows = (kTileN - producer + kProducers - 1) / kProducers;
-    const int blocks_per_row = args.k / kBlockSize;
+    const int blocks_per_row = k / kBlockSize;
+    const int scales = min(kRowScales, blocks_per_row - slice * kRowScales);
+    const int64_t first_block = first_row * blocks_per_row;
+    const int64_t block = first_block + int64_t(row) * blocks_per_row + slice * kRowScales;
+    const bool copies_bias = bias.data && slice == 0 && producer == 0;
+    const int bias_bytes = kTileN * size_of(bias.type);
+#pragma unroll
+    for (int q = 0; q < kChunks; ++q, full += 8) {
+      const int offset = q * kPieceBytes;
+      // A piece past the end of K is announced too, empty: phases of all barriers keep step.
+      const int bytes = max(0, min(kPieceBytes, k / 2 - slice * kRowBytes - offset));
+      const int scale_bytes = q > 0            ? 0
+                              : num_slices > 1 ? rows * scales
+                              : producer == 0  ? kTileN * scales
+                                               : 0;
+      const int announced = rows * bytes + scale_bytes + (q == 0 && copies_bias ? bias_bytes : 0);
+      if (lane == 0) ptx::barrier_arrive_expect(full, announced);
+      __syncwarp();
+      if (q == 0) {
+        if (num_slices > 1) {
+          if (copies)
+            ptx::bulk_copy(stage + kScaleOffset + row * kRowScales, weights.scales + block, scales,
+                           full);
+        } else if (lane == 0 && producer == 0) {
+          ptx::bulk_copy(stage + kScaleOffset, weights.scales + first_block, kTileN * scales, full);
+        }
+      }
+      if (q == 0 && copies_bias && lane == 1)
+        ptx::bulk_copy(bias_slot,
+                       static_cast<const char*>(bias.data) + first_row * size_of(bias.type),
+                       bias_bytes, full);
+      if (copies && bytes > 0)
+        ptx::bulk_copy(stage + row * kStride + offset,
+                       weights.blocks + block * kBlockBytes + offset, bytes, full);
+    }
+  }
+
+  // The ring's next stage, once every compute warp has left it; `fill` counts the stages so far.
+  __device__ static void wait_empty(const Ring<kStages>& ring, int& fill) {
+    __syncwarp();
+    if (fill++ >= kStages) ptx::named_barrier_sync(kEmpty + ring.index, kEmptyThreads);
+  }
+
+  __device__ static void produce(const GemmArgs& args, uint32_t shared, const Barriers& barriers,
+                                 int producer) {
     const int num_slices = slices(args);
     Ring<kStages> ring;
+    Ring<kBiases> bias_ring;
     int fill = 0;
-    for (int tile = blockIdx.x; tile < args.n / kTileN; tile += gridDim.x) {
-      const int64_t first_block = int64_t(tile) * kTileN * blocks_per_row;
+    for (int tile = blockIdx.x; tile < args.n / kTileN; tile += gridDim.x, bias_ring.advance()) {
       for (int slice = 0; slice < num_slices; ++slice, ring.advance()) {
-        __syncwarp();
-        if (fill++ >= kStages) ptx::named_barrier_sync(kEmpty + ring.index, kEmptyThreads);
-        const uint32_t stage = shared + ring.index * kStageBytes;
-        const int scales = min(kRowScales, blocks_per_row - slice * kRowScales);
-        const int64_t block = first_block + int64_t(row) * blocks_per_row + slice * kRowScales;
-#pragma unroll
-        for (int q = 0; q < kChunks; ++q) {
-          const int offset = q * kPieceBytes;
-          // A piece past the end of K is announced too, empty: phases of all barriers keep step.
-          const int bytes = max(0, min(kPieceBytes, args.k / 2 - slice * kRowBytes - offset));
-          const uint32_t full = barriers.full + 8 * (ring.index * kChunks + q);
-          const int scale_bytes = q > 0            ? 0
-                                  : num_slices > 1 ? rows * scales
-                                  : producer == 0  ? kTileN * scales
-                                                   : 0;
-          if (lane == 0) ptx::barrier_arrive_expect(full, rows * bytes + scale_bytes);
-          __syncwarp();
-          if (q == 0) {
-            if (num_slices > 1) {
-              if (copies)
-                ptx::bulk_copy(stage + kScaleOffset + row * kRowScales, args.weights.scales + block,
-                               scales, full);
-            } else if (lane == 0 && producer == 0) {
-              ptx::bulk_copy(stage + kScaleOffset, args.weights.scales + first_block,
-                             kTileN * scales, full);
-            }
-          }
-          if (copies && bytes > 0)
-            ptx::bulk_copy(stage + row * kStride + offset,
-                           args.weights.blocks + block * kBlockBytes + offset, bytes, full);
-        }
+        wait_empty(ring, fill);
+        copy_stage(args.weights, args.bias, args.k, int64_t(tile) * kTileN, slice, num_slices,
+                   shared + ring.index * kStageBytes, bias_slot(shared, bias_ring),
+                   barriers.full + 8 * kChunks * ring.index, producer);
       }
     }
   }
   static_assert(kTileN <= 32 * kProducers, "one lane copies one row");
 
-  // One chunk of the activations of lane (g, t): block t of tokens g, g + 8, ...
+  // Where the rows of x lie whose products are a lane's columns, tokens g, g + 8, ...: elements.
+  using Rows = uint32_t[kGroups];
+
+  // One chunk of the activations of lane (g, t): block t of its rows.
   struct Tokens {
     uint4 raw[kGroups][4];
 
-    __device__ void load(const GemmArgs& args, int chunk) {
-      const int lane = threadIdx.x % 32;
-      // Past the end of K both sides are zero: zero weights alone would turn Inf into NaN. Past the
-      // last token the results are dropped, so any row will do.
-      const int block = 4 * chunk + lane % 4;
-      const int blocks_per_row = args.k / kBlockSize;
+    // kReadOnly: nothing writes x while the kernel runs.
+    template <bool kReadOnly>
+    __device__ void load(const __nv_bfloat16* x, const Rows& rows, int blocks_per_row, int chunk) {
+      // Past the end of K both sides are zero: zero weights alone would turn Inf into NaN.
+      const int block = 4 * chunk + threadIdx.x % 4;
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
-        const int64_t token = min(8 * j + lane / 4, int(args.m) - 1);
-        const uint4* x = reinterpret_cast<const uint4*>(
-            static_cast<const __nv_bfloat16*>(args.x) + token * args.k +
-            min(block, blocks_per_row - 1) * kBlockSize);
+        const uint4* row = reinterpret_cast<const uint4*>(
+            x + (rows[j] + min(block, blocks_per_row - 1) * kBlockSize));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) raw[j][i] = __ldg(x + i);
+        for (int i = 0; i < 4; ++i) raw[j][i] = kReadOnly ? __ldg(row + i) : __ldcg(row + i);
       }
       if (4 * chunk + 4 > blocks_per_row && block >= blocks_per_row)  // the last chunk only
 #pragma unroll
@@ -189,11 +220,11 @@ struct StreamingGemm {
 
   // `local` is the chunk's place in the stage, `chunk` its place in K.
   template <bool kCached>
-  __device__ static void multiply_chunk(const GemmArgs& args, uint32_t stage, int scale_stride,
+  __device__ static void multiply_chunk(int blocks_per_row, uint32_t stage, int scale_stride,
                                         int local, int chunk, const Operand& x, Sums& acc) {
     const int lane = threadIdx.x % 32;
     const int g = lane / 4, t = lane % 4;
-    const bool past_end = 4 * chunk + t >= args.k / kBlockSize;
+    const bool past_end = 4 * chunk + t >= blocks_per_row;
     uint4 codes[kRows][2];
     uint32_t bytes[kRows][2], largest = 0;
 #pragma unroll
@@ -225,27 +256,71 @@ struct StreamingGemm {
     }
   }
 
+  // This warp's sums of a tile, for the epilogue warp.
+  __device__ static void put_sums(const Sums& acc, float* sums, int buffer, int warp) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    float* mine = sums + (buffer * kWarps + warp) * kTileM * kSumStride;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int j = 0; j < kGroups; ++j)
+#pragma unroll
+        for (int c = 0; c < 4; ++c)
+          mine[(8 * j + 2 * t + c % 2) * kSumStride + 16 * r + 8 * (c / 2) + g] = acc[r][j][c];
+  }
+
+  __device__ static uint32_t bias_slot(uint32_t shared, const Ring<kBiases>& ring) {
+    return shared + kBiasOffset + ring.index * kBiasBytes;
+  }
+
+  // The bias of four rows, zero if there is none.
+  __device__ static void load_bias(const Bias& bias, uint32_t slot, int row, float (&v)[4]) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c)
+      v[c] = bias.data ? load_shared_float(slot, bias.type, row + c) : 0.0f;
+  }
+
+  // The sum of all warps and the bias for four rows of one token.
+  __device__ static void add_sums(const float* sums, int buffer, int token, int row,
+                                  const float (&bias)[4], float (&v)[4]) {
+    const float* first = sums + (buffer * kWarps * kTileM + token) * kSumStride + row;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) v[c] = bias[c];
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float4 part = *reinterpret_cast<const float4*>(first + w * kTileM * kSumStride);
+      v[0] += part.x;
+      v[1] += part.y;
+      v[2] += part.z;
+      v[3] += part.w;
+    }
+  }
+
   // kCached: K fits one slice, so a warp sees the same activations in every tile and keeps them.
   template <bool kCached>
   __device__ static void compute(const GemmArgs& args, uint32_t shared, float* sums,
                                  const Barriers& barriers) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int g = lane / 4, t = lane % 4;
     const int blocks_per_row = args.k / kBlockSize;
     const int num_chunks = (args.k + 127) / 128;
     const int num_slices = kCached ? 1 : slices(args);
     const int scale_stride = num_slices == 1 ? blocks_per_row : kRowScales;
 
+    Rows rows;  // past the last token the results are dropped, so any row will do
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j)
+      rows[j] = uint32_t(min(8 * j + lane / 4, int(args.m) - 1) * args.k);
+    const __nv_bfloat16* x_rows = static_cast<const __nv_bfloat16*>(args.x);
     Tokens tokens;
     Operand cached[kCached ? kChunks : 1];
     if constexpr (kCached) {
 #pragma unroll
       for (int q = 0; q < kChunks; ++q) {
-        tokens.load(args, warp + kWarps * q);
+        tokens.template load<true>(x_rows, rows, blocks_per_row, warp + kWarps * q);
         cached[q] = Operand(tokens);
       }
     } else {
-      tokens.load(args, warp);
+      tokens.template load<true>(x_rows, rows, blocks_per_row, warp);
     }
     Ring<kStages> ring;
     Ring<2> sum_ring;
@@ -263,57 +338,43 @@ struct StreamingGemm {
             const int next = q + 1 < kChunks          ? chunk + kWarps
                              : slice + 1 < num_slices ? first_chunk + kStageChunks + warp
                                                       : warp;
-            tokens.load(args, next);
+            tokens.template load<true>(x_rows, rows, blocks_per_row, next);
           }
           ptx::barrier_wait(barriers.full + 8 * (ring.index * kChunks + q), ring.parity);
           if (chunk >= num_chunks) continue;
           if constexpr (kCached)
-            multiply_chunk<kCached>(args, stage, scale_stride, local, chunk, cached[q], acc);
+            multiply_chunk<kCached>(blocks_per_row, stage, scale_stride, local, chunk, cached[q],
+                                    acc);
           else
-            multiply_chunk<kCached>(args, stage, scale_stride, local, chunk, x, acc);
+            multiply_chunk<kCached>(blocks_per_row, stage, scale_stride, local, chunk, x, acc);
         }
         ptx::named_barrier_arrive(kEmpty + ring.index, kEmptyThreads);
       }
       ptx::barrier_wait(barriers.free + 8 * sum_ring.index, sum_ring.parity ^ 1);
-      float* mine = sums + (sum_ring.index * kWarps + warp) * kTileM * kSumStride;
-#pragma unroll
-      for (int r = 0; r < kRows; ++r)
-#pragma unroll
-        for (int j = 0; j < kGroups; ++j)
-#pragma unroll
-          for (int c = 0; c < 4; ++c)
-            mine[(8 * j + 2 * t + c % 2) * kSumStride + 16 * r + 8 * (c / 2) + g] = acc[r][j][c];
+      put_sums(acc, sums, sum_ring.index, warp);
       ptx::named_barrier_arrive(kReady + sum_ring.index, kReadyThreads);
       sum_ring.advance();
     }
   }
 
-  __device__ static void write_out(const GemmArgs& args, const float* sums,
+  // Four rows a lane, the same of every tile: this warp must keep up with all others.
+  static constexpr int kQuads = kTileN / 4;
+  static_assert(32 % kQuads == 0);
+
+  __device__ static void write_out(const GemmArgs& args, uint32_t shared, const float* sums,
                                    const Barriers& barriers) {
-    const int lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32, row = lane % kQuads * 4;
     Ring<2> ring;
-    for (int tile = blockIdx.x; tile < args.n / kTileN; tile += gridDim.x, ring.advance()) {
+    Ring<kBiases> bias_ring;
+    for (int tile = blockIdx.x; tile < args.n / kTileN;
+         tile += gridDim.x, ring.advance(), bias_ring.advance()) {
       ptx::named_barrier_sync(kReady + ring.index, kReadyThreads);
-      const float* tile_sums = sums + ring.index * kWarps * kTileM * kSumStride;
-      // Four rows a lane: this warp must keep up with all others.
-      for (int i = lane; i < int(args.m) * (kTileN / 4); i += 32) {
-        const int token = i / (kTileN / 4), row = i % (kTileN / 4) * 4;
-        float v[4] = {};
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) {
-          const float4 part =
-              *reinterpret_cast<const float4*>(tile_sums + (w * kTileM + token) * kSumStride + row);
-          v[0] += part.x;
-          v[1] += part.y;
-          v[2] += part.z;
-          v[3] += part.w;
-        }
-        const int n = tile * kTileN + row;
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          if (args.bias.data) v[c] += load_float(args.bias.data, args.bias.type, n + c);
-          store_float(args.out, args.out_type, int64_t(token) * args.n + n + c, v[c]);
-        }
+      float bias[4];
+      load_bias(args.bias, bias_slot(shared, bias_ring), row, bias);
+      for (int token = lane / kQuads; token < int(args.m); token += 32 / kQuads) {
+        float v[4];
+        add_sums(sums, ring.index, token, row, bias, v);
+        store_four(args.out, args.out_type, int64_t(token) * args.n + tile * kTileN + row, v);
       }
       ptx::barrier_arrive(barriers.free + 8 * ring.index);
     }
@@ -323,18 +384,14 @@ struct StreamingGemm {
   __device__ static void run(const GemmArgs& args, char* memory) {
     const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
     const Barriers barriers(shared + kBarrierOffset);
-    if (threadIdx.x == 0) {
-      for (int p = 0; p < kPieces; ++p) ptx::barrier_init(barriers.full + 8 * p, kProducers);
-      for (int b = 0; b < 2; ++b) ptx::barrier_init(barriers.free + 8 * b, 32);
-      ptx::barrier_init_fence();
-    }
+    if (threadIdx.x == 0) barriers.init();
     __syncthreads();
     float* sums = reinterpret_cast<float*>(memory + kSumOffset);
     const int warp = threadIdx.x / 32;
     if (warp > kEpilogue)
       produce(args, shared, barriers, warp - kEpilogue - 1);
     else if (warp == kEpilogue)
-      write_out(args, sums, barriers);
+      write_out(args, shared, sums, barriers);
     else
       compute<kCached>(args, shared, sums, barriers);
   }

@@ -63,8 +63,8 @@ struct MoeArgs {
 };
 cudaError_t moe(const MoeArgs& args, cudaStream_t stream);
 
-// int32 elements of MoeArgs::schedule: the pairs sorted by expert, up to this many tiles of four
-// fields each, and the experts' offsets.
+// int32 elements of MoeArgs::schedule: four words of head, up to so many tiles of four fields each,
+// the pairs sorted by expert and where each of them lies.
 int64_t moe_max_tiles(int64_t pairs, int64_t experts, int64_t tile_m);
 int64_t moe_schedule_size(int64_t pairs, int64_t experts);
 

@@ -1,27 +1,10 @@
 // Dense y = x * w^T + bias: choose a configuration, launch it.
+#include "device.h"
 #include "gemm_streaming.cuh"
 #include "gemm_tiled.cuh"
 #include "gemm_wgmma.cuh"
 
 namespace jax_mxfp4 {
-namespace {
-
-// What the device of this call allows; nothing where it cannot be asked.
-GemmShape describe(const MatmulArgs& args) {
-  GemmShape shape = {args.m, args.n, args.k, 0, 0};
-  int device, major, minor, count;
-  if (args.x_type != DType::kBF16 || cudaGetDevice(&device) ||
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ||
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) ||
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device))
-    return shape;
-  if (major >= 9) shape.streaming_multiprocessors = count;
-  if (major == 9 && minor == 0) shape.wgmma_multiprocessors = count;
-  return shape;
-}
-
-}  // namespace
-
 cudaError_t matmul(const MatmulArgs& args, cudaStream_t stream) {
   GemmArgs gemm = {};
   gemm.x = args.x;
@@ -32,7 +15,8 @@ cudaError_t matmul(const MatmulArgs& args, cudaStream_t stream) {
   gemm.m = args.m;
   gemm.n = int(args.n);
   gemm.k = int(args.k);
-  const GemmShape shape = describe(args);
+  const Multiprocessors available = multiprocessors_for(args.x_type);
+  const GemmShape shape = {args.m, args.n, args.k, available.streaming, available.wgmma};
   const GemmChoice choice = select_gemm(shape);
   const GemmConfig& config = kGemmConfigs[choice.config];
   if (config.kind == GemmKind::kStreaming)

@@ -45,6 +45,13 @@ __device__ __forceinline__ uint4 load_streaming16(const void* global) {
   return v;
 }
 
+// What other thread blocks write; orders nothing.
+__device__ __forceinline__ unsigned load_relaxed(const unsigned* global) {
+  unsigned v;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];\n" : "=r"(v) : "l"(global) : "memory");
+  return v;
+}
+
 __device__ __forceinline__ uint4 load_shared16(uint32_t shared) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];\n"
@@ -64,6 +71,11 @@ __device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, u
           "r"(shared),
       "l"(global), "r"(bytes), "r"(barrier)
       : "memory");
+}
+
+// Bytes from global memory to L2, for loads that could not be asked for early enough otherwise.
+__device__ __forceinline__ void bulk_prefetch(const void* global, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(global), "r"(bytes) : "memory");
 }
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
@@ -95,6 +107,21 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
+}
+
+// Whether the phase of this parity is over, without waiting for it.
+__device__ __forceinline__ bool barrier_passed(uint32_t barrier, uint32_t parity) {
+  uint32_t passed;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n"
+      "}\n"
+      : "=r"(passed)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return passed;
 }
 
 // Barriers of a subset of warps: some bring data and go on, others wait for it. `threads` counts
@@ -147,6 +174,11 @@ __device__ __forceinline__ void async_proxy_fence() {
 __device__ __forceinline__ void store_matrix_transposed(uint32_t shared, uint32_t a, uint32_t b) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};\n" ::"r"(shared),
                "r"(a), "r"(b)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_matrix_transposed(uint32_t shared, uint32_t a) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};\n" ::"r"(shared), "r"(a)
                : "memory");
 }
 

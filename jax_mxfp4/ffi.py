@@ -169,12 +169,11 @@ def matmul(result: jax.ShapeDtypeStruct, x: Array, w: MXFP4Array, bias: Array | 
 def moe_schedule_size(pairs: int, num_experts: int) -> int:
     """int32 words in the workspace where the MoE kernel schedules its (token, expert) pairs.
 
-    One word per pair, four per token tile (a tile holds up to 8 pairs of one expert, so there
-    are at most num_experts + ceil(pairs / 8) tiles, and never more than pairs), and one offset
-    per expert plus the end.
+    Four words of head, four per token tile (a tile holds up to 8 pairs of one expert, so there are
+    at most num_experts + ceil(pairs / 8) tiles, and never more than pairs), and two per pair.
     """
     tiles = min_dim(pairs, num_experts + (pairs + 7) // 8)
-    return pairs + 4 * tiles + num_experts + 1
+    return 4 + 4 * tiles + 2 * pairs
 
 
 def moe(

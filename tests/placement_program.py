@@ -95,10 +95,11 @@ def main(paths):
     model = GptOss.from_pretrained(path, np.float32, sharding=whole)
     assert all(leaf.sharding == whole for leaf in jax.tree.leaves(model))
 
-    tokens = np.arange(24).reshape(2, 12)
-    expected = GptOss.from_pretrained(path, np.float32)(tokens)
+    oracle = np.load(path.parent / "hf_oracle.npz")
     sharded = GptOss.from_pretrained(path, np.float32, sharding=partial(place, mesh, SPECS))
-    np.testing.assert_allclose(sharded(tokens), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        sharded(oracle["tokens"]), oracle["fp32.logits"], rtol=1e-4, atol=1e-4
+    )
 
     check_errors(path, mesh)
 

@@ -218,18 +218,20 @@ def test_kernel_times_add_up_by_kind():
         2: "loop_add_fusion",
         3: "void jax_mxfp4::gemm_tiled<64, 128>(float const*, int)",
         4: "sort_2_1",
+        5: "jax_mxfp4::(anonymous namespace)::combine_kernel(float const*, int)",
     }
     text = f"""
     planes {{ name: "/device:GPU:0" {metadata(names)}
       lines {{ name: "Stream #13(Compute)" {event(1, 4)} {event(2, 6)} {event(3, 40)}
-        {event(4, 2)} }}
+        {event(4, 2)} {event(5, 8)} }}
       lines {{ name: "XLA Modules" {event(3, 500)} }} }}
     planes {{ name: "/host:CPU" {metadata(names)} lines {{ name: "python" {event(1, 900)} }} }}
     """
     profile = ProfileData.from_serialized_xspace(ProfileData.text_proto_to_serialized_xspace(text))
-    assert kernel_times.summarize(profile, 2, 2) == [
+    assert kernel_times.summarize(profile, 2, 3) == [
         {"kernel": "gemm_tiled", "calls": 0.5, "us": 20.0},
         {"kernel": "loop_add_fusion", "calls": 1.0, "us": 5.0},
+        {"kernel": "combine_kernel", "calls": 0.5, "us": 4.0},
         {"kernel": "other", "calls": 0.5, "us": 1.0},
     ]
 

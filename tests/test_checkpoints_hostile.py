@@ -75,6 +75,38 @@ def test_every_mismatch_is_reported_at_once(original):
     assert all(problem in message for problem in caught.value.problems)
 
 
+def test_mismatches_in_several_files_are_reported_at_once(hf):
+    (hf / INDEX).unlink()
+    prefix = "model.layers.0.mlp.experts.down_proj"
+    changed = {
+        f"{prefix}_blocks": np.zeros((8, 96, 2, 15), np.uint8),
+        f"{prefix}_scales": np.zeros((8, 96, 2), np.int8),
+        "model.layers.3.self_attn.sinks": None,
+        "model.norm.weight": np.zeros(96, np.float64),
+    }
+    files = {name: file for file in map(hf.joinpath, SHARDS) for name in load_file(file)}
+    assert len({files[name] for name in changed}) == 2
+    for name, value in changed.items():
+        edit(files[name], lambda tensors, name=name: tensors.pop(name))
+        if value is not None:
+            edit(files[name], lambda tensors, new={name: value}: tensors.update(new))
+    edit(hf / SHARDS[0], lambda tensors: tensors.update(stray=np.zeros(3, np.float32)))
+    with pytest.raises(CheckpointError) as caught:
+        load(hf)
+    assert sorted(caught.value.problems) == sorted(
+        (
+            f"{files[f'{prefix}_blocks'].name}: tensor '{prefix}_blocks': "
+            "expected U8 [8, 96, 2, 16], found U8 [8, 96, 2, 15]",
+            f"{files[f'{prefix}_scales'].name}: tensor '{prefix}_scales': "
+            "expected U8 [8, 96, 2], found I8 [8, 96, 2]",
+            "tensor 'model.layers.3.self_attn.sinks': missing, expected BF16 or F16 or F32 [4]",
+            f"{files['model.norm.weight'].name}: tensor 'model.norm.weight': "
+            "expected BF16 or F16 or F32 [96], found F64 [96]",
+            f"{SHARDS[0]}: tensor 'stray': unexpected, found F32 [3]",
+        )
+    )
+
+
 def test_unpacked_experts_are_named(original):
     def unpack(tensors):
         del tensors["block.0.mlp.mlp1_weight.blocks"], tensors["block.0.mlp.mlp1_weight.scales"]
@@ -130,6 +162,11 @@ def test_index_may_only_name_files_of_its_folder(hf, name):
 
 
 def test_index_and_headers_must_agree(hf):
+    """Missing, unexpected and misplaced tensors, and those that are there twice, all at once."""
+    twice = "model.layers.0.self_attn.sinks"
+    other = next(file for file in map(hf.joinpath, SHARDS) if twice not in load_file(file))
+    edit(other, lambda tensors: tensors.update({twice: np.zeros(4, ml_dtypes.bfloat16)}))
+
     def spoil(index):
         weight_map = index["weight_map"]
         weight_map["lm_head.weight"] = SHARDS[1]
@@ -143,6 +180,7 @@ def test_index_and_headers_must_agree(hf):
         f"tensor 'lm_head.weight': the index says {SHARDS[1]}, found in {SHARDS[0]}",
         f"tensor 'ghost': the index says {SHARDS[0]}, found in none of the files",
         f"tensor 'model.norm.weight' of {SHARDS[1]}: not in the index",
+        f"{SHARDS[1]}: tensor '{twice}' is also in {SHARDS[0]}",
     }
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from jax_mxfp4.checkpoints import (
 from jax_mxfp4.convert import convert
 from jax_mxfp4.convert import gpt_oss as convert_gpt_oss
 from jax_mxfp4.models.gpt_oss import (
-    GptOss,
     GptOssConfig,
     YarnScaling,
     load_tokenizer,
@@ -126,16 +126,6 @@ def test_every_bit_pattern_survives(tmp_path):
     assert_same_tensors(source, tmp_path / "back")
 
 
-def test_the_built_in_model_computes_the_same_from_a_gguf_file(tmp_path):
-    convert(mini_path(), tmp_path / "mini.gguf")
-    tokens = np.arange(24).reshape(2, 12)
-    expected, found = (
-        GptOss.from_pretrained(path, np.float32)(tokens)
-        for path in (mini_path(), tmp_path / "mini.gguf")
-    )
-    np.testing.assert_array_equal(found, expected)
-
-
 def test_shards(tmp_path):
     convert(HF, tmp_path / "hf", max_shard_bytes=200_000)
     files = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
@@ -190,6 +180,26 @@ def test_destinations_that_cannot_be(tmp_path):
         convert(HF, tmp_path / "a.gguf", "openai")
     with pytest.raises(CheckpointError, match="expected a name that fits the layout 'gguf'"):
         convert(HF, tmp_path / "a", "gguf")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda file: file.symlink_to("absent"), "cannot be read: No such file"),
+        (lambda file: file.symlink_to("/dev/zero"), "expected a file, found a pipe or a device"),
+        # A hole: it takes no room on the disk.
+        (lambda file: (file.touch(), os.truncate(file, 2**34)), "at most 67108864 bytes, found"),
+    ],
+    ids=["dangling", "device", "gigabytes"],
+)
+def test_files_beside_the_weights_that_cannot_be(tmp_path, name, make, problem):
+    source = shutil.copytree(HF, tmp_path / "source")
+    make(source / name)
+    with pytest.raises(CheckpointError, match=problem) as caught:
+        convert(source, tmp_path / "a.gguf")
+    assert caught.value.where == str(source / name)
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_metadata_that_was_edited_after_the_conversion(tmp_path, monkeypatch):

@@ -4,11 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
-import gguf
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from unpacked import write_unpacked
 
 from jax_mxfp4 import cli, quantize
 from jax_mxfp4.array import MXFP4Array
@@ -16,7 +16,7 @@ from jax_mxfp4.checkpoints import CheckpointError, open_checkpoint, read_paramet
 from jax_mxfp4.convert import convert, round_to_nearest
 from jax_mxfp4.format import decode
 from jax_mxfp4.inspection import diff
-from jax_mxfp4.models.gpt_oss import read_config
+from jax_mxfp4.models.gpt_oss import mini_path, read_config
 from jax_mxfp4.models.gpt_oss.params import parameter_specs
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny-gptoss"
@@ -37,25 +37,9 @@ def load_folder(folder):
     }
 
 
-def unpack_folder(source, destination, joint, transform, dtype=ml_dtypes.bfloat16):
-    """Write the safetensors folder `source` with decoded experts."""
-    tensors = load_folder(source)
-    for name in [name for name in tensors if name.endswith(f"{joint}blocks")]:
-        stem = name.removesuffix(f"{joint}blocks")
-        experts = decoded(tensors.pop(name), tensors.pop(f"{stem}{joint}scales"))
-        tensors[stem] = np.ascontiguousarray(transform(experts)).astype(dtype)
-    destination.mkdir()
-    save_file(tensors, destination / "model.safetensors")
-    config = json.loads((source / "config.json").read_text())
-    config.pop("quantization_config", None)
-    (destination / "config.json").write_text(json.dumps(config))
-    return destination
-
-
 @pytest.fixture
 def hugging_face(tmp_path):
-    # transformers multiplies activations from the left: [E, K, N].
-    return unpack_folder(HF, tmp_path / "bf16", "_", lambda experts: experts.swapaxes(1, 2))
+    return write_unpacked(tmp_path / "bf16", "huggingface")
 
 
 def assert_same_values(left, right):
@@ -82,26 +66,13 @@ def test_the_configuration_says_that_experts_are_packed(tmp_path, hugging_face):
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_other_element_types_and_openai_names(tmp_path, dtype):
-    source = unpack_folder(OPENAI, tmp_path / "wide", ".", lambda experts: experts, dtype)
+    source = write_unpacked(tmp_path / "wide", "openai", dtype)
     convert(source, tmp_path / "packed", "openai")
     assert_same_values(OPENAI, tmp_path / "packed")
 
 
 def test_a_gguf_file_with_wide_experts(tmp_path):
-    reader = gguf.GGUFReader(GGUF)
-    writer = gguf.GGUFWriter(tmp_path / "wide.gguf", "gpt-oss")
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            kind = field.types[0]
-            sub_type = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(key, field.contents(), kind, sub_type)
-    for tensor in reader.tensors:
-        values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        writer.add_tensor(tensor.name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_unpacked(tmp_path / "wide.gguf", "gguf")
     for name in ("packed", "packed.gguf"):
         convert(tmp_path / "wide.gguf", tmp_path / name)
         assert_same_values(GGUF, tmp_path / name)
@@ -120,6 +91,18 @@ def test_scale_rules(tmp_path, hugging_face, rule):
     found = load_folder(tmp_path / "packed")
     np.testing.assert_array_equal(found[f"{GATE_UP}_blocks"], expected.blocks)
     np.testing.assert_array_equal(found[f"{GATE_UP}_scales"], expected.scales)
+
+
+def test_the_built_in_model_is_what_the_rule_floor_makes_of_its_bfloat16(tmp_path):
+    source = GOLDEN.parent / "mini-gptoss" / "bf16"
+    arguments = ["convert", str(source), str(tmp_path / "packed"), "--scale-rule", "floor"]
+    assert cli.run(arguments) == 0
+    expected, found = load_folder(mini_path()), load_folder(tmp_path / "packed")
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        assert found[name].tobytes() == tensor.tobytes(), name
+    assert read_config(tmp_path / "packed") == read_config(mini_path())
 
 
 def test_experts_are_packed_one_by_one_and_once(tmp_path, hugging_face):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import shallow_mini
 
 from jax_mxfp4 import cli
 
@@ -17,14 +18,20 @@ def text(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shallow_mini.write(tmp_path_factory.mktemp("models") / "shallow")
+
+
 def run(*arguments: object) -> int:
     return cli.run(["eval", *map(str, arguments)])
 
 
-def test_perplexity_states_its_protocol(text: Path, tmp_path: Path, capsys) -> None:
+def test_perplexity_states_its_protocol(model: Path, text: Path, tmp_path: Path, capsys) -> None:
     output = tmp_path / "out.json"
     options = ("--implementation", "reference", "--against", "dense", "--json", output)
-    assert run("perplexity", "--text", text, *SHORT, "--stride", 16, *options) == 0
+    judged = ("--model", model, "--text", text)
+    assert run("perplexity", *judged, *SHORT, "--stride", 16, *options) == 0
     printed = capsys.readouterr().out
     for line in (
         "text: text.txt, as it is in the file",
@@ -43,15 +50,17 @@ def test_perplexity_states_its_protocol(text: Path, tmp_path: Path, capsys) -> N
     assert abs(dense["relative_change"]) < 1e-5
 
 
-def test_compare_writes_a_table_json_and_a_plot(text: Path, tmp_path: Path, capsys) -> None:
+def test_compare_writes_a_table_json_and_a_plot(
+    model: Path, text: Path, tmp_path: Path, capsys
+) -> None:
     output, plot = tmp_path / "out.json", tmp_path / "out.svg"
     formats = ("--formats", "bf16,mxfp6-e2m3,mxfp4-even,q4_k", "--weights", "attention")
     files = ("--json", output, "--plot", plot)
-    assert run("compare", "--text", text, *SHORT, *formats, *files) == 0
+    assert run("compare", "--model", model, "--text", text, *SHORT, *formats, *files) == 0
     assert "mxfp4-even" in capsys.readouterr().out
     found = json.loads(output.read_text())
     base, bf16, mxfp6, mxfp4, q4_k = found["rows"]
-    assert found["matrices"] == 16 and found["matrices_stored_as_mxfp4"] == 0
+    assert found["matrices"] == 4 and found["matrices_stored_as_mxfp4"] == 0
     assert bf16["sqnr_db"] is None and bf16["kl"] == 0  # bf16 is what the checkpoint holds
     assert 0 < mxfp6["kl"] < mxfp4["kl"]
     assert mxfp4["bits_per_weight"] == 4.25
@@ -60,11 +69,12 @@ def test_compare_writes_a_table_json_and_a_plot(text: Path, tmp_path: Path, caps
     assert "<svg" in plot.read_text()
 
 
-def test_sensitivity_ranks(text: Path, tmp_path: Path, capsys) -> None:
+def test_sensitivity_ranks(model: Path, text: Path, tmp_path: Path, capsys) -> None:
     output, plot = tmp_path / "out.json", tmp_path / "out.png"
     files = ("--json", output, "--plot", plot)
     options = ("--weights", "attention.out|router", "--by", "kind")
-    assert run("sensitivity", "--text", text, *SHORT, *options, *files) == 0
+    judged = ("--model", model, "--text", text)
+    assert run("sensitivity", *judged, *SHORT, *options, *files) == 0
     rows = json.loads(output.read_text())["rows"]
     kinds = {"layers.*.attention.out.weight", "layers.*.mlp.router.weight"}
     assert {row["part"] for row in rows} == kinds
@@ -81,11 +91,12 @@ def test_sqnr(tmp_path: Path, capsys) -> None:
     assert "nvfp4" in capsys.readouterr().out
 
 
-def test_divergence_exits_with_1_where_there_is_one(tmp_path: Path, capsys) -> None:
+def test_divergence_exits_with_1_where_there_is_one(model: Path, tmp_path: Path, capsys) -> None:
     output = tmp_path / "out.json"
-    assert run("divergence", "--tokens", 32, "--json", output) == 0
+    short = ("--model", model, "--tokens", 32)
+    assert run("divergence", *short, "--json", output) == 0
     assert json.loads(output.read_text())["first_divergence"] is None
-    assert run("divergence", "--tokens", 32, "--tolerance", 1e-9) == 1
+    assert run("divergence", *short, "--tolerance", 1e-9) == 1
     assert "first_divergence: layers.0.attn_out" in capsys.readouterr().out
 
 

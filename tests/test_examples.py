@@ -1,11 +1,15 @@
 """The example programs and the README's code run as a reader would run them."""
 
+import json
+import lzma
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 import jax_mxfp4
@@ -41,6 +45,23 @@ def test_layers_example(tmp_path: Path) -> None:
     error = re.search(r"relative error (0\.\d+)", output)
     assert error is not None
     assert 0.05 < float(error[1]) < 0.25  # 4-bit weights in two layers: not exact, not noise
+
+
+def test_training_example(tmp_path: Path) -> None:
+    text = (ROOT / "jax_mxfp4" / "validation" / "kidnapped.txt").read_text()
+    (tmp_path / "learned.txt.xz").write_bytes(lzma.compress(text[20_000:].encode()))
+    (tmp_path / "held_out.txt").write_text(text[:20_000])
+    program = runpy.run_path(str(ROOT / "examples" / "train_gpt_oss.py"))
+    inputs = [str(tmp_path / name) for name in ("learned.txt.xz", "held_out.txt", "trained")]
+    result = tmp_path / "result.json"
+    with jax.numpy_dtype_promotion("standard"):  # Optax's Adam needs it
+        program["main"]([*inputs, "--tiny", "--steps", "60", "--json", str(result)])
+    in_training, written, built_in = json.loads(result.read_text())["rows"]
+    assert in_training["perplexity"] < 500  # of 1024 tokens that are equally likely at first
+    tolerance = 1e-5 if jax.default_backend() == "cpu" else 1e-2  # in bfloat16
+    assert abs(written["perplexity"] / in_training["perplexity"] - 1) < tolerance
+    assert built_in["perplexity"] < 50
+    assert 0 < written["bytes"] - (tmp_path / "trained" / "model.safetensors").stat().st_size < 1e5
 
 
 def test_readme_layers(tmp_path: Path) -> None:

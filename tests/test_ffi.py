@@ -156,10 +156,10 @@ def test_registration_leaves_other_backends_alone():
 
 
 def test_moe_schedule_size():
-    assert ffi.moe_schedule_size(1, 32) == 1 + 4 * 1 + 32 + 1
-    assert ffi.moe_schedule_size(4, 32) == 4 + 4 * 4 + 32 + 1
-    assert ffi.moe_schedule_size(1200, 32) == 1200 + 4 * (32 + 150) + 32 + 1
-    assert ffi.moe_schedule_size(17, 1) == 17 + 4 * (1 + 3) + 1 + 1
+    assert ffi.moe_schedule_size(1, 32) == 4 + 4 * 1 + 2 * 1
+    assert ffi.moe_schedule_size(4, 32) == 4 + 4 * 4 + 2 * 4
+    assert ffi.moe_schedule_size(1200, 32) == 4 + 4 * (32 + 150) + 2 * 1200
+    assert ffi.moe_schedule_size(17, 1) == 4 + 4 * (1 + 3) + 2 * 17
 
 
 def test_moe_schedule_size_of_a_symbolic_number_of_tokens():
@@ -180,5 +180,5 @@ def test_moe_schedule_holds_every_routing(experts):
             for counts in itertools.product(range(pairs + 1), repeat=experts)
             if sum(counts) <= pairs
         )
-        room = (ffi.moe_schedule_size(pairs, experts) - pairs - experts - 1) // 4
+        room = (ffi.moe_schedule_size(pairs, experts) - 2 * pairs - 4) // 4
         assert needed <= room

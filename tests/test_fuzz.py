@@ -40,7 +40,7 @@ def test_damaged_files_are_clean_errors_or_load(tmp_path):
 
 
 def test_faults_are_found(tmp_path):
-    """The machinery itself: readers that raise and that take memory are told from good ones."""
+    """The machinery itself: what raises, takes memory, dies or hangs is told from what is good."""
     program = tmp_path / "broken.py"
     program.write_text(BROKEN)
     done = subprocess.run(
@@ -48,21 +48,37 @@ def test_faults_are_found(tmp_path):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(
             [str(ROOT / "tests" / "fuzz"), *(path for path in sys.path if path)])},
     )  # fmt: skip
-    assert done.stdout.split() == ["KeyError", "MemoryError", "error", "clean", "loaded"]
+    row = json.loads(done.stdout)
+    assert [(fault["file"], fault["what"].split()[0]) for fault in row["faults"]] == [
+        *((0, "KeyError:"), (1, "MemoryError:"), (2, "error"), (3, "crash:"), (4, "hang:"))
+    ]
+    counts = ("files", "loaded", "clean_errors", "other_errors", "crashes", "hangs")
+    assert [row[name] for name in counts] == [7, 1, 1, 3, 1, 1]
 
 
 BROKEN = """
-from pathlib import Path
+import json, os, random, time
 import run
 from jax_mxfp4.checkpoints import CheckpointError
 
 def key(path): {}["a"]
 def memory(path): bytearray(2 * run.MEMORY_BYTES)
 def elsewhere(path): raise CheckpointError("another file", "wrong")
+def die(path): os.kill(os.getpid(), 9)
+def hang(path): time.sleep(60)
 def clean(path): raise CheckpointError(path, "wrong")
 def load(path): pass
 
-run._limit_memory()
-for reader in (key, memory, elsewhere, clean, load):
-    print(run._outcome(reader, Path("here"))[0].split()[0])
+READERS = (key, memory, elsewhere, die, hang, clean, load)
+NUMBERS = {random.Random(f"broken {i}").random(): i for i in range(len(READERS))}
+
+class Broken:
+    opened = "number"
+    def __init__(self, scratch): pass
+    def damaged(self, rng): return {"number": b"%d" % NUMBERS[rng.random()]}
+    def load(self, path): READERS[int(path.read_bytes())](path)
+
+run.TARGETS["broken"] = Broken
+run.SECONDS_PER_FILE = 1
+print(json.dumps(run._fuzz("broken", 0, len(READERS), None)))
 """

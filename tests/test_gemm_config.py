@@ -54,7 +54,7 @@ def test_clusters_that_split_k_run_at_once(select):
         assert config["kind"] == "wgmma"
         tiles = -(-m // config["tile_m"]) * -(-n // config["tile_n"])
         assert tiles * config["split"] <= H100
-        assert config["split"] <= k // 64  # every thread block has some of K
+        assert config["split"] <= -(-k // 128)  # every thread block has some of K
 
 
 def test_tiles_follow_the_tokens(select):
@@ -105,3 +105,50 @@ def test_the_index_names_one_configuration(select):
 
 def test_the_module_reports_its_build():
     assert ffi.build_info()["cuda_kernels"] is ffi.has_cuda_kernels()
+
+
+# The expert layer ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def select_moe():
+    native = pytest.importorskip("jax_mxfp4._native", reason="the native module is not built")
+    return native.select_moe
+
+
+TOP_K, WIDTH = 4, 2880
+
+
+@pytest.mark.parametrize("experts", [32, 128])
+def test_experts_stream_until_they_have_many_tokens(select_moe, experts):
+    for tokens in (1, 2, 4, 8, 16, 32, 64):
+        config = select_moe(TOP_K * tokens, experts, WIDTH, WIDTH, H100, H100)
+        assert config["kind"] == "streaming"
+        assert config["stage_k"] >= WIDTH  # K in one stage
+        assert config["tile_m"] == (16 if TOP_K * tokens > 4 * experts else 8)
+    for tokens in (16 * experts // TOP_K, 1024, 4096):
+        config = select_moe(TOP_K * tokens, experts, WIDTH, WIDTH, H100, H100)
+        assert config["kind"] == "wgmma"
+        assert config["split"] == 1
+
+
+def test_expert_kernels_need_their_hardware_and_widths(select_moe):
+    for tokens in (1, 64, 1024):
+        pairs = TOP_K * tokens
+        assert select_moe(pairs, 32, WIDTH, WIDTH, 0, 0)["kind"] == "tiled"
+        # K of more than one stage is not streamed; wgmma reads 64 of K at a time.
+        assert select_moe(pairs, 32, 8192, WIDTH, H100, 0)["kind"] == "tiled"
+        assert select_moe(pairs, 32, WIDTH, 8192, H100, 0)["kind"] == "tiled"
+        assert select_moe(pairs, 4, 96, 8192, H100, H100)["kind"] == "tiled"
+        assert select_moe(pairs, 4, 8192, 96, H100, H100)["kind"] == "tiled"
+    assert select_moe(4096, 4, 8192, 8192, H100, H100)["kind"] == "wgmma"
+    # The schedule of a streaming kernel has limits.
+    assert select_moe(516, 512, 64, 64, H100, 0)["kind"] == "tiled"
+    assert select_moe(8, 513, 64, 64, H100, 0)["kind"] == "tiled"
+
+
+def test_a_tile_of_an_expert_is_seldom_much_larger_than_its_tokens(select_moe):
+    for experts, tokens in product((8, 32, 128), (512, 1024, 2048, 4096, 8192)):
+        mean = TOP_K * tokens / experts
+        config = select_moe(TOP_K * tokens, experts, WIDTH, WIDTH, H100, H100)
+        assert config["tile_m"] <= max(32, 2 * mean)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jax_mxfp4.checkpoints import CheckpointError, GgufFile, read_parameters
+from jax_mxfp4.checkpoints import CheckpointError, GgufFile, gguf_header, read_parameters
 from jax_mxfp4.convert import convert
 from jax_mxfp4.models.gpt_oss import read_config
 from jax_mxfp4.models.gpt_oss.params import parameter_specs
@@ -138,6 +138,18 @@ def test_all_bad_tensors_are_listed(tmp_path):
     ]
 
 
+def test_tensors_in_two_parts_of_a_split_file(tmp_path):
+    keys = [key("split.count", U32, struct.pack("<I", 2))]
+    for number in (1, 2):
+        part = tmp_path / f"a-0000{number}-of-00002.gguf"
+        part.write_bytes(gguf(keys, [tensor("a"), tensor("b", offset=128)]))
+    with pytest.raises(CheckpointError) as caught:
+        GgufFile(tmp_path / "a-00001-of-00002.gguf")
+    assert caught.value.problems == tuple(
+        f"a-00002-of-00002.gguf: tensor {name!r} is also in a-00001-of-00002.gguf" for name in "ab"
+    )
+
+
 def test_absent(tmp_path):
     with pytest.raises(CheckpointError, match=r"absent\.gguf: cannot be read: No such file"):
         read_config(tmp_path / "absent.gguf")
@@ -212,6 +224,18 @@ def test_json_in_metadata(tmp_path, name, text, problem):
     (tmp_path / "b.gguf").write_bytes(content.replace(old, text.encode().ljust(len(old))))
     with pytest.raises(CheckpointError, match=rf"metadata key 'jax_mxfp4\.{name}': {problem}"):
         convert(tmp_path / "b.gguf", tmp_path / "hf")
+
+
+def test_truncated_while_it_is_opened(tmp_path, monkeypatch):
+    """Reads say so, where a memory map would end the process."""
+    monkeypatch.setattr(gguf_header, "require_file", lambda file: len(WHOLE))
+    file = tmp_path / "tiny.gguf"
+    for size in (0, 3, 10, 100, DATA_START - 100):
+        file.write_bytes(WHOLE[:size])
+        with pytest.raises(
+            CheckpointError, match=r"tiny\.gguf: has become shorter: it ends inside"
+        ):
+            GgufFile(file)
 
 
 def test_truncated_after_opening(tmp_path):

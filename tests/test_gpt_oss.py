@@ -120,7 +120,7 @@ def test_jit_of_the_model_itself(shallow):
 
 def test_pytree(model):
     leaves, structure = jax.tree.flatten(model)
-    assert len(leaves) == 3 + LAYERS * 19
+    assert len(leaves) == 3 + LAYERS * 15
     again = jax.tree.unflatten(structure, leaves)
     assert (again.config, again.implementation) == (model.config, model.implementation)
     assert all(a is b for a, b in zip(jax.tree.leaves(again), leaves, strict=True))
@@ -146,7 +146,7 @@ def test_bfloat16_keeps_dense_parameters_as_stored():
 
 def test_packed_dense_matrices(shallow, implementation):
     """Any dense matrix may be packed: the result is that of its decoded values."""
-    is_matrix = {"embedding", "unembedding", "q", "k", "v", "out", "router"}
+    is_matrix = {"embedding", "unembedding", "qkv", "out", "router"}
 
     def convert(tree, pack):
         def one(path, leaf):
@@ -160,7 +160,7 @@ def test_packed_dense_matrices(shallow, implementation):
 
     packed = GptOss(convert(shallow.params, True), shallow.config, implementation)
     assert isinstance(packed.params.embedding, mx.MXFP4Array)
-    assert isinstance(packed.params.layers[0].attention.q.weight, mx.MXFP4Array)
+    assert isinstance(packed.params.layers[0].attention.qkv.weight, mx.MXFP4Array)
     decoded = GptOss(convert(shallow.params, False), shallow.config, implementation)
     assert_close(packed(TOKENS), decoded(TOKENS))
 
@@ -173,7 +173,7 @@ def test_packing_on_load(model):
     assert isinstance(after.unembedding, mx.MXFP4Array)
     assert after.unembedding.shape == before.unembedding.shape
     assert isinstance(after.embedding, jax.Array)
-    for name in ("q", "k", "v", "out"):
+    for name in ("qkv", "out"):
         found = getattr(after.layers[3].attention, name).weight
         expected = mx.quantize(getattr(before.layers[3].attention, name).weight, "mse")
         np.testing.assert_array_equal(found.blocks, expected.blocks)

@@ -86,6 +86,18 @@ def test_chunk_after_others(length, start):
     assert_close(sliding, (q, *new, *before), seen, q, k, v)
 
 
+@pytest.mark.parametrize("sink", [-3.0, 3.0, 200.0])
+def test_a_step_sees_slots_and_sinks(sink):
+    """The exponential of a sink of 200, relative to the largest score, overflows."""
+    q, k, v = operands(1, 7)
+    seen = np.array([[True] * 7, [True, False, True, False, False, True, False]])
+    sinks = np.full(HEADS, sink, np.float32)
+    part = attention.attend(q, k, v, seen[:, None])
+    expected = attention.merge([part], sinks, jnp.float32)
+    found = jax.jit(attention.attend_step)(q, k, v, seen, sinks)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
 def test_keys_that_are_not_seen_may_be_anything_finite():
     q, k, v = operands(3, 5)
     seen = np.array([[True, False, True, False, False]] * 3)
@@ -173,11 +185,14 @@ def test_cudnn_equals_the_definition(length):
     old = [jax.random.normal(x, (2, kv_heads, context, head_dim), jnp.bfloat16) for x in keys[3:5]]
 
     def run(implementation):
-        causal = attention.attend_causal(q, k, v, implementation)
-        return causal, attention.attend_prefix(q, *old, jnp.int32(123), implementation)
+        return (
+            attention.attend_causal(q, k, v, implementation),
+            attention.attend_window(q, k, v, 128, implementation=implementation),
+            attention.attend_prefix(q, *old, jnp.int32(123), implementation),
+        )
 
     lowered = jax.jit(run, static_argnums=0).lower(None).as_text()
-    assert lowered.count("__cudnn$fmha") == 2
+    assert lowered.count("__cudnn$fmha") == 3
     results = (jax.jit(run, static_argnums=0)(i) for i in (None, "reference"))
     for found, expected in zip(*results, strict=True):
         lse, exact_lse = (part.top + jnp.log(part.total) for part in (found, expected))

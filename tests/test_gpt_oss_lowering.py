@@ -95,6 +95,38 @@ def test_cuda_programs_of_generation():
 
 
 @pytest.mark.usefixtures("kernels_registered")
+@pytest.mark.parametrize(
+    ("batch", "dots", "scatters"),
+    [
+        # Scores and values; products with one row are sums, and caches of one row are sliced.
+        (1, 2 * LAYERS, 0),
+        # Besides, qkv, out and the logits. Routers of few rows stay sums.
+        (64, 4 * LAYERS + 1, 2 * LAYERS),
+    ],
+)
+def test_a_decoding_step_does_no_more_than_it_must(batch, dots, scatters):
+    """Each of these is a kernel or several, and a step is little else than its kernels."""
+    model = abstract_model(jnp.bfloat16, "cuda")
+    cache = jax.eval_shape(lambda: model.init_cache(batch, 64))
+    tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    step = partial(decode_step, config=CONFIG, implementation="cuda")
+    text = jax.jit(step).trace(model.params, tokens, cache)
+    text = text.lower(lowering_platforms=("cuda",)).as_text()
+
+    def count(operation: str) -> int:
+        return len(re.findall(rf'= "?{operation}\b', text))
+
+    assert count("stablehlo.dot_general") == dots
+    assert count("stablehlo.scatter") == scatters
+    assert count("stablehlo.dynamic_update_slice") == 2 * LAYERS - scatters
+    assert count("stablehlo.sort") == count("chlo.top_k") == 0
+    assert count("stablehlo.gather") == 1  # the embedding
+    assert count("stablehlo.custom_call") == LAYERS
+    # Halves that rotate; indices of scatters.
+    assert count("stablehlo.concatenate") == 2 * LAYERS + scatters
+
+
+@pytest.mark.usefixtures("kernels_registered")
 def test_cuda_prefill_uses_flash_attention(monkeypatch):
     """As on a machine with a GPU: cuDNN itself is not asked before the program is compiled."""
     stablehlo = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
@@ -115,6 +147,14 @@ def test_cuda_prefill_uses_flash_attention(monkeypatch):
     text = text.lower(lowering_platforms=("cuda",)).as_text()
     # The full layer: the chunk itself, and what came before it.
     assert text.count("custom_call @__cudnn$fmhaSoftmax") == 2
+    jitted = jax.jit(
+        lambda *args: prefill(*args, None, context=0, config=CONFIG, implementation="cuda")
+    )
+    text = jitted.trace(model.params, TOKENS, lengths, cache, start)
+    text = text.lower(lowering_platforms=("cuda",)).as_text()
+    # The first chunk: both layers, one with a window.
+    assert text.count("custom_call @__cudnn$fmhaSoftmax") == 2
+    assert "sliding_window_length" in text
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -262,7 +262,7 @@ def test_faults_are_found_in_every_chunk(edited, monkeypatch):
     def change(scales):
         scales[2, 5, 1] = scales[7, 0, 0] = 255
 
-    monkeypatch.setattr(verifying, "_CHUNK", 7)
+    monkeypatch.setattr(verifying, "_CHUNK", 50)
     with pytest.raises(
         CheckpointError, match=r"2 of 1536 scales are NaN, the first at \[2, 5, 1\]"
     ):

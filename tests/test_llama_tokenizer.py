@@ -28,5 +28,5 @@ def test_round_trip(tmp_path: Path, text: str) -> None:
 )
 def test_other_tokenizers_are_refused(tmp_path: Path, key: str, value: str) -> None:
     file = tiny_llama.write_gguf(tmp_path / "tiny.gguf", metadata={key: value})
-    with pytest.raises(CheckpointError, match=f"'{key}': expected .*found '{value}'"):
+    with pytest.raises(CheckpointError, match=f"'{key}' '.*, found .*'{value}'"):
         load_tokenizer(file)

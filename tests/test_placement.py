@@ -142,7 +142,7 @@ def test_memory_beyond_the_arrays(tmp_path, monkeypatch, dtype):
 
 
 def test_conversion_in_pieces_is_that_of_the_whole(monkeypatch):
-    monkeypatch.setattr(placement, "_PIECE", 100)
+    monkeypatch.setattr(placement, "_PIECE", 5000)  # several of each matrix
     for path in PATHS:
         parameters = parameters_of(path)
         for name, array in place_parameters(parameters, np.float16):

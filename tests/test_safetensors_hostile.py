@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from jax_mxfp4.checkpoints import CheckpointError, SafetensorsFolder
+from jax_mxfp4.checkpoints import CheckpointError, SafetensorsFolder, WeightsFolder
 from jax_mxfp4.checkpoints.safetensors_header import MAX_HEADER_BYTES
 from jax_mxfp4.models.gpt_oss import load_params, read_config
 
@@ -145,16 +145,31 @@ def test_a_header_of_gigabytes_is_not_read(tmp_path):
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("layout", ["hf", "original"])
-def test_truncated_at_every_percent(tmp_path, layout):
-    folder = shutil.copytree(GOLDEN / layout, tmp_path / layout)
+def load(folder: Path) -> None:
+    load_params(folder, read_config(folder), "float32")
+
+
+@pytest.mark.parametrize(
+    ("source", "read"),
+    [
+        (GOLDEN / "hf", load),
+        (GOLDEN / "original", load),
+        (GOLDEN.parent / "tiny-llama-mxfp4" / "packed", WeightsFolder),
+    ],
+    ids=["huggingface", "openai", "compressed-tensors"],
+)
+def test_truncated_at_every_percent(tmp_path, source, read):
+    folder = shutil.copytree(source, tmp_path / "folder")
     for file in sorted(folder.glob("*.safetensors")):
         whole = file.read_bytes()
+        header_end = 8 + int.from_bytes(whole[:8], "little")
         for percent in reversed(range(100)):
-            os.truncate(file, len(whole) * percent // 100)
+            size = len(whole) * percent // 100
+            os.truncate(file, size)
             with pytest.raises(CheckpointError, match="truncated or damaged") as caught:
-                load_params(folder, read_config(folder), "float32")
-            assert all(problem.startswith(file.name) for problem in caught.value.problems)
+                read(folder)
+            start = f"{file.name}: tensor '" if size >= header_end else f"{file.name}: "
+            assert all(problem.startswith(start) for problem in caught.value.problems)
         file.write_bytes(whole)
 
 
@@ -191,7 +206,7 @@ def test_what_is_no_file(tmp_path, make, problem, name):
     (folder / name).unlink(missing_ok=True)
     make(folder / name)
     with pytest.raises(CheckpointError) as caught:
-        load_params(folder, read_config(folder), "float32")
+        load(folder)
     is_json = problem == "missing file" and name != NAME
     assert name in str(caught.value)
     assert ("cannot be read: " if is_json else problem) in str(caught.value)

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import shallow_mini
 
-from jax_mxfp4.models.gpt_oss import GptOss, mini_path
+from jax_mxfp4.models.gpt_oss import GptOss
 from jax_mxfp4.validation import (
     compare_captures,
     compare_layers,
@@ -71,7 +72,7 @@ def test_integers_are_reported_only() -> None:
 
 @pytest.fixture(scope="module")
 def packed() -> GptOss:
-    return GptOss.from_pretrained(mini_path(), jnp.float32, "reference")
+    return shallow_mini.load()
 
 
 def test_the_packed_model_does_not_diverge_from_the_dense_one(packed: GptOss) -> None:
@@ -82,9 +83,9 @@ def test_the_packed_model_does_not_diverge_from_the_dense_one(packed: GptOss) ->
 @pytest.mark.parametrize(
     ("weight", "first"),
     [
-        ("layers.1.attention.q.weight", "layers.1.attn_out"),
-        ("layers.2.mlp.router.weight", "layers.2.router_logits"),
-        ("layers.3.mlp.down", "layers.3.mlp_out"),
+        ("layers.1.attention.qkv.weight", "layers.1.attn_out"),
+        ("layers.1.mlp.router.weight", "layers.1.router_logits"),
+        ("layers.0.mlp.down", "layers.0.mlp_out"),
         ("unembedding", "logits"),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 import gguf
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 from safetensors.numpy import load_file, save_file
 
 from jax_mxfp4.format import decode
@@ -13,8 +14,8 @@ from jax_mxfp4.format import decode
 GOLDEN = Path(__file__).parent / "golden" / "tiny-gptoss"
 
 
-def write_unpacked(path: Path, layout: str) -> Path:
-    """Write `path`, a folder (experts in bfloat16) or a GGUF file (everything in float32)."""
+def write_unpacked(path: Path, layout: str, dtype: DTypeLike = ml_dtypes.bfloat16) -> Path:
+    """Write `path`, a folder (experts in `dtype`) or a GGUF file (everything in float32)."""
     if layout == "gguf":
         _write_gguf(path)
         return path
@@ -24,7 +25,7 @@ def write_unpacked(path: Path, layout: str) -> Path:
     for name, tensor in stored.items():
         if name.endswith(f"{joint}blocks"):
             stem = name.removesuffix(f"{joint}blocks")
-            experts = decode(tensor, stored[f"{stem}{joint}scales"], ml_dtypes.bfloat16)
+            experts = decode(tensor, stored[f"{stem}{joint}scales"], dtype)
             # transformers multiplies activations from the left: [E, K, N].
             axes = (0, 2, 1) if layout == "huggingface" else (0, 1, 2)
             tensors[stem] = np.ascontiguousarray(np.asarray(experts).transpose(axes))

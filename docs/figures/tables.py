@@ -133,6 +133,15 @@ def gptq_mini(results: Results) -> str:
     return markdown(header, rows)
 
 
+def gptq_model(results: Results) -> str:
+    """Perplexity of a whole model by plain rounding and by GPTQ."""
+    rows = [
+        [row["weights"], f"{row['perplexity']:.2f}", f"{row['increase_percent']:+.1f} %"]
+        for row in results["rows"]
+    ]
+    return markdown(["SmolLM2-135M", "perplexity", "change"], rows)
+
+
 def mini_cache(results: Results) -> str:
     """What `benchmarks/mini_accuracy.py` found for formats of the key-value cache."""
     rows = [row for row in results["rows"] if row["op"] == "cache"]
@@ -211,6 +220,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
         eval_sensitivity,
         gptq_layers,
         gptq_mini,
+        gptq_model,
         mini_cache,
         mini_packing,
         xla_cpu,

@@ -12,9 +12,6 @@ from jax_mxfp4.format import BLOCK_BYTES
 MXFP4_BYTES = 1 + BLOCK_BYTES
 """Bytes of one MXFP4 block in a GGUF file."""
 
-Q8_0_BYTES = 2 + 32
-"""Bytes of one Q8_0 block: a float16 scale and 32 int8 values."""
-
 # One block as numbers: the scale, codes of bytes 0 to 7, codes of bytes 8 to 15.
 _BLOCK = np.dtype([("scale", "u1"), ("first", "<u8"), ("second", "<u8")])
 _WORD = np.dtype("<u8")
@@ -77,7 +74,7 @@ def _spread(words: np.ndarray) -> np.ndarray:
 def dequantize_q8_0(raw: np.ndarray) -> np.ndarray:
     """Return float32 [..., 32 * G] of Q8_0 blocks uint8 [..., G, 34]: scale x value, rounded once.
 
-    Source: ggml `dequantize_row_q8_0`.
+    A block is a float16 scale and 32 int8 values. Source: ggml `dequantize_row_q8_0`.
     """
     scales = np.ascontiguousarray(raw[..., :2]).view("<f2").astype(np.float32)
     values = np.ascontiguousarray(raw[..., 2:]).view(np.int8).astype(np.float32)

@@ -8,13 +8,12 @@ vocabulary, which takes half a minute and a gigabyte.
 """
 
 import math
-import mmap
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from gguf.constants import (
@@ -95,13 +94,10 @@ def read_header(file: Path) -> GgufHeader:
       CheckpointError: the file cannot be read, is no GGUF file of a supported version, is
         truncated, or contradicts itself; all that is wrong with the tensors is listed at once.
     """
-    require_file(file)
+    size = require_file(file)
     try:
         with file.open("rb") as handle:
-            if handle.read(len(_MAGIC)) != _MAGIC:
-                raise CheckpointError(file, "expected a GGUF file, found another format")
-            with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _parse(_Cursor(data, file))
+            return _parse(_Cursor(handle, size, file))
     except OSError as error:
         raise CheckpointError(file, f"cannot be read: {error.strerror or error}") from error
 
@@ -109,9 +105,9 @@ def read_header(file: Path) -> GgufHeader:
 class _Cursor:
     """Reads values one after the other and never beyond the end."""
 
-    def __init__(self, data: mmap.mmap, file: Path) -> None:
-        self.data = data
-        self.size = len(data)
+    def __init__(self, handle: BinaryIO, size: int, file: Path) -> None:
+        self.handle = handle
+        self.size = size
         self.file = file
         self.offset = 0
         self.strings = 0
@@ -119,34 +115,34 @@ class _Cursor:
     def error(self, problem: str) -> CheckpointError:
         return CheckpointError(self.file, problem)
 
-    def skip(self, count: int, what: str) -> int:
-        """Step over `count` bytes and return where they start."""
+    def take(self, count: int, what: str) -> bytes:
+        """Return the next `count` bytes."""
         if count > self.size - self.offset:
             raise self.error(
                 f"truncated or damaged header: {what} at byte {self.offset} needs {count} bytes, "
                 f"the file has {self.size - self.offset} more"
             )
-        start = self.offset
         self.offset += count
         if self.offset > _MAX_HEADER_BYTES:
             raise self.error(
                 f"expected a header of at most {_MAX_HEADER_BYTES} bytes, but {what} ends at byte "
                 f"{self.offset}"
             )
-        return start
+        data = self.handle.read(count)
+        if len(data) < count:
+            raise self.error(f"has become shorter: it ends inside {what}")
+        return data
 
     def number(self, code: str, what: str) -> Any:
         layout = f"<{code}"
-        start = self.skip(struct.calcsize(layout), what)
-        return struct.unpack_from(layout, self.data, start)[0]
+        return struct.unpack(layout, self.take(struct.calcsize(layout), what))[0]
 
     def text(self, what: str, limit: int | None = None, errors: str = "strict") -> str:
         length = self.number("Q", f"the length of {what}")
         if limit is not None and length > limit:
             raise self.error(f"{what}: expected at most {limit} bytes, found {length}")
-        start = self.skip(length, what)
         try:
-            return self.data[start : start + length].decode(errors=errors)
+            return self.take(length, what).decode(errors=errors)
         except UnicodeDecodeError as error:
             raise self.error(f"{what}: expected UTF-8, found {error.object[:64]!r}") from error
 
@@ -162,7 +158,8 @@ class _Cursor:
 
 
 def _parse(cursor: _Cursor) -> GgufHeader:
-    cursor.skip(len(_MAGIC), "the magic")
+    if cursor.size < len(_MAGIC) or cursor.take(len(_MAGIC), "the magic") != _MAGIC:
+        raise cursor.error("expected a GGUF file, found another format")
     version = cursor.number("I", "the version")
     if version not in _VERSIONS:
         swapped = version and version & 0xFFFF == 0
@@ -213,8 +210,7 @@ def _array(cursor: _Cursor, what: str) -> np.ndarray | list[str]:
         return [cursor.text(what, errors="surrogateescape") for _ in range(count)]
     dtype = np.dtype(f"<{_SCALARS[kind]}")
     count = cursor.count(f"numbers in {what}", cursor.size, dtype.itemsize)
-    start = cursor.skip(count * dtype.itemsize, what)
-    return np.frombuffer(cursor.data[start : cursor.offset], dtype)
+    return np.frombuffer(cursor.take(count * dtype.itemsize, what), dtype)
 
 
 def _tensor_info(cursor: _Cursor, index: int) -> tuple[str, int, tuple[int, ...], int]:

@@ -100,6 +100,21 @@ def require_file(file: Path) -> int:
     return status.st_size
 
 
+def read_small_file(file: Path, limit: int = MAX_JSON_BYTES) -> bytes:
+    """Return the content of `file`.
+
+    Raises:
+      CheckpointError: the file cannot be read, or has more than `limit` bytes.
+    """
+    size = require_file(file)
+    if size > limit:
+        raise CheckpointError(file, f"expected at most {limit} bytes, found {size}")
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(file, f"cannot be read: {error.strerror or error}") from error
+
+
 def read_json_object(file: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Return the JSON object in `file`.
 
@@ -107,13 +122,9 @@ def read_json_object(file: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
       CheckpointError: the file cannot be read, has more than `limit` bytes, is not valid JSON, is
         not an object, or an object in it has a key twice.
     """
-    size = require_file(file)
-    if size > limit:
-        raise CheckpointError(file, f"expected at most {limit} bytes of JSON, found {size}")
+    content = read_small_file(file, limit)
     try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(file, f"cannot be read: {error.strerror or error}") from error
+        text = content.decode()
     except UnicodeDecodeError as error:
         raise CheckpointError(file, f"is not valid JSON: {error}") from error
     return parse_json_object(file, text)

@@ -10,7 +10,7 @@ import numpy as np
 
 from jax_mxfp4.checkpoints.errors import CheckpointError, shorten
 from jax_mxfp4.checkpoints.reader import TensorInfo, read_json_object, require_folder
-from jax_mxfp4.checkpoints.safetensors_header import read_header
+from jax_mxfp4.checkpoints.safetensors_header import SafetensorsHeader, read_header
 from jax_mxfp4.checkpoints.stored_array import StoredArray, fits_page_cache
 
 _LONGEST_FILE_NAME = 255  # bytes, in the file systems in use
@@ -52,31 +52,25 @@ class SafetensorsFolder:
         require_folder(self._path)
         index_file, weight_map = _read_index(self._path)
         files = sorted(set(weight_map.values())) if index_file else _list_files(self._path)
+        headers, problems = _read_headers(self._path, files)
         self._tensors: dict[str, TensorInfo] = {}
         self._starts: dict[str, int] = {}
-        problems: list[str] = []
-        for name in files:
-            problems += self._open(self._path / name)
+        for header in headers:
+            problems += self._add(header)
         # Without all the headers a comparison with the index would only repeat what is known.
-        if index_file and not problems:
+        if index_file and len(headers) == len(files):
             problems += _compare_with_index(weight_map, self._tensors)
         if problems:
             raise CheckpointError(index_file or self._path, problems)
         self._keep_cached = fits_page_cache(sum(info.nbytes for info in self._tensors.values()))
 
-    def _open(self, file: Path) -> list[str]:
-        """Add the tensors of `file`; return what is wrong with it."""
-        if not file.exists():
-            return [f"{file.name}: missing file"]
-        try:
-            header = read_header(file)
-        except CheckpointError as error:
-            return [f"{file.name}: {problem}" for problem in error.problems]
+    def _add(self, header: SafetensorsHeader) -> list[str]:
+        """Add the tensors of a file; return which of them were in another one."""
         problems = []
         for name, info in header.tensors.items():
             if name in self._tensors:
                 other = self._tensors[name].file.name
-                problems.append(f"{file.name}: tensor {name!r} is also in {other}")
+                problems.append(f"{info.file.name}: tensor {name!r} is also in {other}")
                 continue
             self._tensors[name] = info
             self._starts[name] = header.starts[name]
@@ -180,6 +174,22 @@ def _list_files(folder: Path) -> list[str]:
     if problems:
         raise CheckpointError(folder, problems)
     return names
+
+
+def _read_headers(folder: Path, files: list[str]) -> tuple[list[SafetensorsHeader], list[str]]:
+    """Return the headers of `files` that can be read, and what is wrong with the others."""
+    headers: list[SafetensorsHeader] = []
+    problems: list[str] = []
+    for name in files:
+        file = folder / name
+        if not file.exists():
+            problems.append(f"{name}: missing file")
+            continue
+        try:
+            headers.append(read_header(file))
+        except CheckpointError as error:
+            problems += [f"{name}: {problem}" for problem in error.problems]
+    return headers, problems
 
 
 def _compare_with_index(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from jax_mxfp4.checkpoints import (
 )
 from jax_mxfp4.checkpoints.folder_writer import write_folder
 from jax_mxfp4.checkpoints.gguf_writer import write_gguf
+from jax_mxfp4.checkpoints.reader import read_small_file
 from jax_mxfp4.convert.packing import round_to_nearest
 from jax_mxfp4.convert.vocabulary import ggml_vocabulary, tokenizer_files
 from jax_mxfp4.models.gpt_oss.config import GptOssConfig, YarnScaling
@@ -32,7 +34,7 @@ from jax_mxfp4.models.gpt_oss.config_writing import (
     openai_json,
 )
 from jax_mxfp4.models.gpt_oss.params import parameter_specs
-from jax_mxfp4.models.gpt_oss.tokenizer import CARRIED_TOKENIZER
+from jax_mxfp4.models.gpt_oss.tokenizer import CARRIED_TOKENIZER, MAX_TOKENIZER_BYTES
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -97,7 +99,9 @@ def _files(reader: GgufFile | SafetensorsFolder, config: GptOssConfig) -> dict[s
     if detect_layout(reader) == "huggingface":
         names = ("config.json", "generation_config.json", *names)
     return files | {
-        name: (reader.path / name).read_bytes() for name in names if (reader.path / name).is_file()
+        name: read_small_file(reader.path / name, MAX_TOKENIZER_BYTES)
+        for name in names
+        if os.path.lexists(reader.path / name)
     }
 
 

@@ -23,8 +23,8 @@ from jax_mxfp4.checkpoints import (
     read_json_object,
 )
 from jax_mxfp4.format import BLOCK_BYTES, BLOCK_SIZE
-from jax_mxfp4.models.gpt_oss import GptOssConfig, abstract_params, read_config
-from jax_mxfp4.models.gpt_oss.params import Layer, parameter_specs
+from jax_mxfp4.models.gpt_oss import GptOssConfig, read_config
+from jax_mxfp4.models.gpt_oss.params import Layer, layer_of, parameter_specs
 from jax_mxfp4.models.llama import Llama
 from jax_mxfp4.models.llama.names import stored_names
 from jax_mxfp4.quantizers.gpt_oss import calibrate_experts
@@ -132,21 +132,17 @@ class _ExpertReader:
     def layer(self, index: int) -> Layer:
         """Return the parameters of layer `index`; the experts' are NumPy arrays."""
 
-        def read(path: tuple[Any, ...], wanted: Any) -> Any:
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            if isinstance(wanted, MXFP4Array):
+        def read(name: str) -> Any:
+            if self._parameters.specs[name].packed:
                 return self._experts(index, name)
-            return jnp.asarray(self._parameters.read(f"layers.{index}.{name}"), self._dtype)
+            return jnp.asarray(self._parameters.read(name), self._dtype)
 
-        wanted = abstract_params(self.config).layers[index]
-        return jax.tree_util.tree_map_with_path(
-            read, wanted, is_leaf=lambda leaf: isinstance(leaf, MXFP4Array)
-        )
+        return layer_of(self.config, index, read)
 
     def _experts(self, index: int, name: str) -> np.ndarray:
         """Return a parameter of experts, dense [E, N, K]."""
         self._captured.clear()
-        self._parameters.read(f"layers.{index}.{name}")
+        self._parameters.read(name)
         count = self.config.num_experts
         # A GGUF file has the even rows, gates, and the odd ones in tensors of their own.
         halves = len(self._captured) // count
@@ -154,7 +150,7 @@ class _ExpertReader:
         for number, part in enumerate(parts):
             rows = slice(number, None, halves)
             for expert, (stored_name, _) in enumerate(part):
-                self.places[stored_name] = (index, name.removeprefix("mlp."), (expert, rows))
+                self.places[stored_name] = (index, name.rpartition(".")[2], (expert, rows))
         stacked = np.stack([np.stack([matrix for _, matrix in part]) for part in parts], axis=2)
         return stacked.reshape(count, -1, stacked.shape[-1])
 

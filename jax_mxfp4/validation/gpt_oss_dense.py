@@ -19,9 +19,14 @@ from jax.typing import DTypeLike
 
 from jax_mxfp4.array import MXFP4Array
 from jax_mxfp4.checkpoints import Reader, TensorInfo, open_checkpoint, read_parameters
-from jax_mxfp4.models.gpt_oss import GptOss, GptOssConfig, Params, abstract_params, read_config
-from jax_mxfp4.models.gpt_oss.layers import embed, linear, rope_frequencies
-from jax_mxfp4.models.gpt_oss.params import MLP, Attention, parameter_specs
+from jax_mxfp4.models.gpt_oss import GptOss, GptOssConfig, Params, read_config
+from jax_mxfp4.models.gpt_oss.layers import (
+    embed,
+    linear,
+    queries_keys_values,
+    rope_frequencies,
+)
+from jax_mxfp4.models.gpt_oss.params import MLP, Attention, parameter_specs, params_of
 from jax_mxfp4.reference import dequantize
 
 # Hugging Face's names of experts that are not quantized; stored as [E, in, out].
@@ -139,17 +144,17 @@ def _load_dense(path: str | Path, config: GptOssConfig, dtype: DTypeLike) -> Par
     loaded = dict(read_parameters(_Without(reader, set(experts.values())), rest))
     for ours, theirs in experts.items():
         loaded[ours] = np.swapaxes(reader.read(theirs), 1, 2)
+    specs = parameter_specs(config)
 
-    def fill(key: tuple[Any, ...], wanted: Any) -> jax.Array:
-        name = jax.tree_util.keystr(key, simple=True, separator=".")
+    def read(name: str) -> jax.Array:
         array = loaded[name]
-        if array.shape != wanted.shape:
+        if array.shape != specs[name].shape:
             raise ValueError(
-                f"{path}: {name}: expected {list(wanted.shape)}, found {list(array.shape)}"
+                f"{path}: {name}: expected {list(specs[name].shape)}, found {list(array.shape)}"
             )
         return jnp.asarray(array, dtype)
 
-    return jax.tree_util.tree_map_with_path(fill, abstract_params(config), is_leaf=_is_packed)
+    return params_of(config, read)
 
 
 @dataclass(frozen=True)
@@ -198,10 +203,7 @@ def _attend(params: Attention, x: jax.Array, window: int, config: GptOssConfig) 
     """Attend to the last `window` positions; the sinks take probability but add nothing."""
     batch, length, _ = x.shape
     normed = _rms_norm(x, params.norm, config)
-    q, k, v = (
-        linear(normed, part.weight, part.bias).reshape(batch, length, -1, config.head_dim)
-        for part in (params.q, params.k, params.v)
-    )
+    q, k, v = queries_keys_values(normed, params.qkv, config)
     q, k = _rotate(q, config), _rotate(k, config)
     k, v = (jnp.repeat(side, q.shape[2] // k.shape[2], axis=2) for side in (k, v))
     scores = _einsum("bthd,bshd->bhts", q, k) * np.float32(config.head_dim**-0.5)

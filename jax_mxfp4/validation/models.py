@@ -36,7 +36,7 @@ Model = TypeVar("Model", bound=LanguageModel)
 def weight_matrices(model: LanguageModel) -> dict[str, jax.Array | MXFP4Array]:
     """Return the model's weight matrices [..., N, K] by name, in the order of its leaves.
 
-    A name is the path of the leaf, such as ``layers.0.attention.q.weight``. Biases, norms and
+    A name is the path of the leaf, such as ``layers.0.attention.qkv.weight``. Biases, norms and
     attention sinks are no matrices, also where they are stacked to more than one axis.
     """
     return {

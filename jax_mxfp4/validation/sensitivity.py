@@ -14,7 +14,7 @@ from jax_mxfp4.validation.scoring import Baseline, Distance, Likelihood
 
 Grouping = Literal["tensor", "layer", "kind"]
 
-# Up to the first number between dots: "layers.3" of "layers.3.attention.q.weight".
+# Up to the first number between dots: "layers.3" of "layers.3.attention.qkv.weight".
 _LAYER = re.compile(r"^(?:[^.]+\.)*?\d+(?=\.|$)")
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -42,9 +42,9 @@ def group(names: Iterator[str] | Mapping[str, object], by: Grouping) -> dict[str
     """Sort the names of matrices into parts.
 
     Args:
-      names: such as ``layers.3.attention.q.weight``.
+      names: such as ``layers.3.attention.qkv.weight``.
       by: "tensor": each is a part; "layer": all of ``layers.3``; "kind": all of
-        ``layers.*.attention.q.weight``. Names without a layer number are parts by themselves.
+        ``layers.*.attention.qkv.weight``. Names without a layer number are parts by themselves.
 
     Returns:
       part -> names, in the order of `names`.

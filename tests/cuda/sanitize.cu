@@ -94,6 +94,48 @@ int run_matmul(DType type, int m, int n, int k) {
   return 1;
 }
 
+int run_moe(DType type, int tokens, int experts, int d, int inner) {
+  const int top_k = experts == 1 ? 1 : 3, pairs = tokens * top_k;
+  Packed gate_up(size_t(experts) * 2 * inner, d), down(size_t(experts) * d, inner);
+  Buffer<uint8_t>* x = activations(size_t(tokens) * d, type);
+  Buffer<uint8_t>* gate_up_bias = activations(size_t(experts) * 2 * inner, DType::kF32);
+  Buffer<uint8_t>* down_bias = activations(size_t(experts) * d, DType::kBF16);
+  std::vector<int32_t> ids(pairs);
+  for (int32_t& id : ids) id = std::rand() % (experts + 2) - 1;  // some have no expert
+  Buffer<int32_t> expert_ids(ids);
+  Buffer<float> weights(std::vector<float>(pairs, 0.25f));
+  Buffer<float> out(size_t(tokens) * d), partial(size_t(pairs) * d);
+  Buffer<uint8_t> hidden(size_t(pairs) * inner * size_of(type));
+  Buffer<int32_t> schedule(moe_schedule_size(pairs, experts));
+  MoeArgs args = {};
+  args.x = x->data;
+  args.x_type = type;
+  args.expert_ids = expert_ids.data;
+  args.expert_weights = weights.data;
+  args.gate_up = gate_up.view();
+  args.gate_up_bias = {tokens % 2 ? gate_up_bias->data : nullptr, DType::kF32};
+  args.down = down.view();
+  args.down_bias = {down_bias->data, DType::kBF16};
+  args.out = out.data;
+  args.out_type = DType::kF32;
+  args.hidden = hidden.data;
+  args.partial = partial.data;
+  args.schedule = schedule.data;
+  args.tokens = tokens;
+  args.top_k = top_k;
+  args.experts = experts;
+  args.d = d;
+  args.inner = inner;
+  args.alpha = 1.702f;
+  args.limit = 7.0f;
+  check(moe(args, 0), "moe");
+  expect_written(out, "moe");
+  delete x;
+  delete gate_up_bias;
+  delete down_bias;
+  return 1;
+}
+
 }  // namespace
 
 int main() {
@@ -130,42 +172,8 @@ int main() {
   for (DType type : types)
     for (int tokens : {1, 5, 70, 300})
       for (int experts : {1, 4, 33}) {
-        const int top_k = experts == 1 ? 1 : 3, d = 96, inner = 64, pairs = tokens * top_k;
-        Packed gate_up(size_t(experts) * 2 * inner, d), down(size_t(experts) * d, inner);
-        Buffer<uint8_t>* x = activations(size_t(tokens) * d, type);
-        Buffer<uint8_t>* bias = activations(size_t(experts) * d, DType::kBF16);
-        std::vector<int32_t> ids(pairs);
-        for (int32_t& id : ids) id = std::rand() % (experts + 2) - 1;  // some have no expert
-        Buffer<int32_t> expert_ids(ids);
-        Buffer<float> weights(std::vector<float>(pairs, 0.25f));
-        Buffer<float> out(size_t(tokens) * d), partial(size_t(pairs) * d);
-        Buffer<uint8_t> hidden(size_t(pairs) * inner * size_of(type));
-        Buffer<int32_t> schedule(moe_schedule_size(pairs, experts));
-        MoeArgs args = {};
-        args.x = x->data;
-        args.x_type = type;
-        args.expert_ids = expert_ids.data;
-        args.expert_weights = weights.data;
-        args.gate_up = gate_up.view();
-        args.down = down.view();
-        args.down_bias = {bias->data, DType::kBF16};
-        args.out = out.data;
-        args.out_type = DType::kF32;
-        args.hidden = hidden.data;
-        args.partial = partial.data;
-        args.schedule = schedule.data;
-        args.tokens = tokens;
-        args.top_k = top_k;
-        args.experts = experts;
-        args.d = d;
-        args.inner = inner;
-        args.alpha = 1.702f;
-        args.limit = 7.0f;
-        check(moe(args, 0), "moe");
-        expect_written(out, "moe");
-        delete x;
-        delete bias;
-        ++calls;
+        calls += run_moe(type, tokens, experts, 96, 64);
+        calls += run_moe(type, tokens, experts, 192, 256);
       }
   std::printf("%d calls\n", calls);
 }

@@ -12,17 +12,19 @@ everything else is a fault of the reader, and the exit status is then 1.
 import argparse
 import collections
 import json
+import multiprocessing
 import os
 import platform
 import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from targets import TARGETS
@@ -44,11 +46,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=TARGETS, help="may be given again")
     parser.add_argument("--output", type=Path, help="also write the counts to this file")
     parser.add_argument("--keep", type=Path, help="keep the last damaged checkpoint in this folder")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.worker:
-        _work(arguments.worker, arguments.first, arguments.files, arguments.keep)
-        return 0
     rows = [
         _fuzz(name, arguments.first, arguments.files, arguments.keep)
         for name in arguments.only or TARGETS
@@ -73,20 +71,20 @@ def main() -> int:
 
 def _fuzz(name: str, first: int, count: int, keep: Path | None) -> dict:
     """Run workers until all files were tried; one that dies is replaced by another."""
+    # A fork need not import JAX again, and is safe as long as JAX has no threads in this process.
+    processes = multiprocessing.get_context("fork")
     outcomes: collections.Counter[str] = collections.Counter()
     faults = []
     growth = 0
     start = time.monotonic()
     next_file = first
     while next_file < first + count:
-        command = [sys.executable, __file__, "--worker", name, "--first", str(next_file)]
-        command += ["--files", str(first + count - next_file)]
-        if keep:
-            command += ["--keep", str(keep)]
-        worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert worker.stdout is not None
-        for line in worker.stdout:
-            kind, _, detail = line.rstrip("\n").partition("\t")
+        results, sender = processes.Pipe(duplex=False)
+        arguments = (name, next_file, first + count - next_file, keep, sender)
+        worker = processes.Process(target=_work, args=arguments)
+        worker.start()
+        sender.close()  # so that the pipe ends with the worker
+        for kind, detail in _received(results):
             if kind == "growth":
                 growth = max(growth, int(detail))
                 continue
@@ -94,7 +92,8 @@ def _fuzz(name: str, first: int, count: int, keep: Path | None) -> dict:
             if kind not in (_LOADED, _CLEAN):
                 faults.append({"file": next_file, "what": f"{kind}: {detail}"})
             next_file += 1
-        status = worker.wait()
+        worker.join()
+        status = worker.exitcode or 0
         if status > 0:
             raise RuntimeError(f"the worker for {name} stopped at file {next_file} by itself")
         if status and next_file < first + count:
@@ -116,8 +115,16 @@ def _fuzz(name: str, first: int, count: int, keep: Path | None) -> dict:
     }
 
 
-def _work(name: str, first: int, count: int, keep: Path | None) -> None:
-    """Try files and print one line about each; a file that takes too long ends the process."""
+def _received(results: Connection) -> Iterator[tuple[str, str]]:
+    while True:
+        try:
+            yield results.recv()
+        except EOFError:
+            return
+
+
+def _work(name: str, first: int, count: int, keep: Path | None, results: Connection) -> None:
+    """Try files and send what came of each; a file that takes too long ends the process."""
     os.nice(_NICENESS)
     with tempfile.TemporaryDirectory() as scratch:
         target = TARGETS[name](Path(scratch))
@@ -134,11 +141,11 @@ def _work(name: str, first: int, count: int, keep: Path | None) -> None:
                 shutil.copytree(folder, keep, dirs_exist_ok=True)
             # The default action of this signal ends the process, also inside compiled code.
             signal.alarm(SECONDS_PER_FILE)
-            kind, detail = _outcome(target.load, folder / target.opened)
+            outcome = _outcome(target.load, folder / target.opened)
             signal.alarm(0)
-            print(f"{kind}\t{detail}", flush=True)
+            results.send(outcome)
         after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(f"growth\t{after - before}", flush=True)
+        results.send(("growth", str(after - before)))
 
 
 def _outcome(load, path: Path) -> tuple[str, str]:

@@ -80,6 +80,37 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array | np.ndarra
     return _finish(*state)
 
 
+def attend_step(
+    q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, sinks: jax.Array
+) -> jax.Array:
+    """Attend with one query per sequence to the slots of a cache and to the sinks.
+
+    The same as `merge` of one `attend`, in fewer kernels: a step of decoding is made of so little
+    work that their number counts.
+
+    Args:
+      q: [B, 1, H, head_dim].
+      k: [B, KV, S, head_dim].
+      v: [B, KV, S, head_dim].
+      seen: bool [B, S], true for at least one slot of each sequence; slots that are not seen must
+        be finite all the same.
+      sinks: [H].
+
+    Returns:
+      q.dtype [B, 1, H, head_dim].
+    """
+    grouped = _by_key_head(q, k.shape[1])[:, :, :, 0]
+    scores = _dot("bngd,bnsd->bngs", grouped, k) * np.float32(q.shape[-1] ** -0.5)
+    scores = jnp.where(seen[:, None, None], scores, np.float32(-np.inf))
+    top = jnp.max(scores, axis=-1)
+    weights = jnp.exp(scores - top[..., None])
+    # Far above all scores a sink makes this infinite, and the result zero, as it should be.
+    sink = jnp.exp(sinks.astype(jnp.float32).reshape(grouped.shape[1:3]) - top)
+    total = jnp.sum(weights, axis=-1) + sink
+    values = _dot("bngs,bnsd->bngd", weights.astype(v.dtype), v)
+    return (values / total[..., None]).astype(q.dtype).reshape(q.shape)
+
+
 def attend_causal(
     q: jax.Array, k: jax.Array, v: jax.Array, implementation: Implementation = None
 ) -> Part:
@@ -132,10 +163,11 @@ def attend_window(
     window: int,
     before: tuple[jax.Array, jax.Array] | None = None,
     start: jax.Array | int = 0,
+    implementation: Implementation = None,
 ) -> Part:
     """Attend to one's own position and the W - 1 before it.
 
-    Positions are cut into windows; the queries of one see keys of it and of the one before.
+    Where there is nothing before the queries' own positions, cuDNN is asked as by `attend_causal`.
 
     Args:
       q: of positions start to start + T - 1 [B, T, H, head_dim].
@@ -145,7 +177,29 @@ def attend_window(
       before: keys and values of positions start - W to start - 1 [B, KV, W, head_dim]; None where
         there are none.
       start: int32 scalar; keys at negative positions are not seen.
+      implementation: see `attend_causal`.
     """
+
+    def windows(q: jax.Array, k: jax.Array, v: jax.Array) -> Part:
+        return _attend_windows(q, k, v, window, before, start)
+
+    def flash(q: jax.Array, k: jax.Array, v: jax.Array) -> Part:
+        return _from_flash(*cudnn.attend_causal(q, k, v, window))
+
+    if before is not None or not _uses_flash(q, implementation):
+        return windows(q, k, v)
+    return lax.platform_dependent(q, k, v, cuda=flash, default=windows)
+
+
+def _attend_windows(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    window: int,
+    before: tuple[jax.Array, jax.Array] | None,
+    start: jax.Array | int,
+) -> Part:
+    """`attend_window`: positions are cut into windows, and see those of their own and the last."""
     length = q.shape[1]
     old = 0 if before is None else window
     if before is not None:
@@ -241,10 +295,7 @@ def _update(
 ) -> _State:
     """Let queries [B, KV, G, T, head_dim] see more keys."""
     top, total, values = state
-    # Without it float32 means TF32 on GPUs with tensor cores.
-    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    dots = {"precision": precision, "preferred_element_type": jnp.float32}
-    scores = jnp.einsum("bngtd,bnsd->bngts", q, k, **dots) * np.float32(q.shape[-1] ** -0.5)
+    scores = _dot("bngtd,bnsd->bngts", q, k) * np.float32(q.shape[-1] ** -0.5)
     scores = jnp.where(seen[:, None, None], scores, np.float32(-np.inf))
     new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
     # Where no key has been seen yet, the difference would be inf - inf.
@@ -252,8 +303,14 @@ def _update(
     weights = jnp.exp(scores - origin[..., None])
     kept = jnp.exp(top - origin)
     total = kept * total + jnp.sum(weights, axis=-1)
-    added = jnp.einsum("bngts,bnsd->bngtd", weights.astype(v.dtype), v, **dots)
+    added = _dot("bngts,bnsd->bngtd", weights.astype(v.dtype), v)
     return new_top, total, kept[..., None] * values + added
+
+
+def _dot(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    # Without the precision float32 means TF32 on GPUs with tensor cores.
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _finish(top: jax.Array, total: jax.Array, values: jax.Array) -> Part:

@@ -212,6 +212,8 @@ def append(rows: Rows, new: jax.Array, lengths: jax.Array) -> Rows:
     def write(leaf: jax.Array, value: jax.Array) -> jax.Array:
         batch, heads, slots = leaf.shape[:3]
         slot = (lengths % np.int32(slots))[:, None]
+        if batch == 1:  # no scatter is needed
+            return lax.dynamic_update_slice_in_dim(leaf, value[:, :, None], slot[0, 0], axis=2)
         index = (np.arange(batch)[:, None], np.arange(heads)[None], slot)
         return leaf.at[index].set(
             value, indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds"

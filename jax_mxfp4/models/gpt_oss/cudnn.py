@@ -25,18 +25,21 @@ def is_usable(dtype: np.dtype, head_dim: int) -> bool:
     return fits and "cuda" in jax.devices()[0].client.platform_version
 
 
-def attend_causal(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Attend to the positions up to one's own.
+def attend_causal(
+    q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Attend to the positions up to one's own, all of them or the last `window`.
 
     Args:
       q: bfloat16 or float16 [B, T, H, head_dim].
       k: [B, KV, T, head_dim].
       v: [B, KV, T, head_dim].
+      window: how many positions are seen, one's own included.
 
     Returns:
       q.dtype [B, T, H, head_dim]; logarithm of the sums of exponentials, float32 [B, T, H].
     """
-    return _flash(q, k, v, None, MaskType.CAUSAL)
+    return _flash(q, k, v, None, MaskType.CAUSAL, window)
 
 
 def attend_prefix(
@@ -47,7 +50,12 @@ def attend_prefix(
 
 
 def _flash(
-    q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array | None, mask_type: MaskType
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    length: jax.Array | None,
+    mask_type: MaskType,
+    window: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     batch, queries, _, head_dim = q.shape
     # Queries and keys must lie alike; the transposes cancel those that made [B, KV, S, head_dim].
@@ -57,7 +65,14 @@ def _flash(
         limits["q_seqlen"] = jnp.full(batch, queries, jnp.int32)
         limits["kv_seqlen"] = jnp.broadcast_to(length.astype(jnp.int32), (batch,))
     result = dot_product_attention(
-        q, k, v, **limits, scale=head_dim**-0.5, mask_type=mask_type, return_residual=True
+        q,
+        k,
+        v,
+        **limits,
+        scale=head_dim**-0.5,
+        mask_type=mask_type,
+        sliding_window_length=window,
+        return_residual=True,
     )
     out, lse = cast(tuple[jax.Array, jax.Array], result)
     return out, jnp.swapaxes(lse, 1, 2)

@@ -18,8 +18,16 @@ from jax_mxfp4.models.gpt_oss import attention
 from jax_mxfp4.models.gpt_oss import cache as kv
 from jax_mxfp4.models.gpt_oss.config import GptOssConfig
 from jax_mxfp4.models.gpt_oss.kv_formats import decode_rows
-from jax_mxfp4.models.gpt_oss.layers import embed, linear, rms_norm, rope, rotations
+from jax_mxfp4.models.gpt_oss.layers import (
+    embed,
+    linear,
+    queries_keys_values,
+    rms_norm,
+    rope,
+    rotations,
+)
 from jax_mxfp4.models.gpt_oss.params import MLP, Attention, Params
+from jax_mxfp4.models.gpt_oss.routing import top_experts
 from jax_mxfp4.ops import Implementation
 
 # (layer index, queries [B, T, H, head_dim], keys and values [B, KV, T, head_dim]) -> attended
@@ -52,7 +60,7 @@ def full_forward(
         if window is None:
             part = attention.attend_causal(q, k, v, implementation)
         else:
-            part = attention.attend_window(q, k, v, window)
+            part = attention.attend_window(q, k, v, window, implementation=implementation)
         return attention.merge([part], params.layers[index].attention.sinks, q.dtype)
 
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
@@ -113,7 +121,7 @@ def prefill(
             before = None
             if context:
                 before = earlier(lambda rows: kv.last_slots(rows, start, window))
-            parts = [attention.attend_window(q, k, v, window, before, start)]
+            parts = [attention.attend_window(q, k, v, window, before, start, implementation)]
             write = partial(kv.write_ring, start=start, lengths=lengths)
         attended = attention.merge(parts, params.layers[index].attention.sinks, q.dtype)
         # The next layer waits for the cache. XLA would write it at the very end, and keep what it
@@ -164,9 +172,8 @@ def decode_step(
         values.append(kv.append(cache.values[index], v[:, :, 0], cache.lengths))
         k, v = (decode_rows(rows[index], q.dtype, implementation) for rows in (keys, values))
         # Every written slot is inside the window: a sliding layer has no slots for older ones.
-        seen = kv.slot_positions(cache.lengths + 1, k.shape[2])[:, None] >= 0
-        part = attention.attend(q, k, v, seen)
-        return attention.merge([part], params.layers[index].attention.sinks, q.dtype)
+        seen = kv.slot_positions(cache.lengths + 1, k.shape[2]) >= 0
+        return attention.attend_step(q, k, v, seen, params.layers[index].attention.sinks)
 
     x, _ = _backbone(
         params, tokens[:, None], cache.lengths[:, None], attend, None, config, implementation
@@ -215,12 +222,7 @@ def _attention_block(
     implementation: Implementation,
 ) -> jax.Array:
     normed = rms_norm(x, params.norm, config.rms_norm_eps)
-    q, k, v = (
-        linear(normed, part.weight, part.bias, implementation=implementation).reshape(
-            *x.shape[:2], -1, config.head_dim
-        )
-        for part in (params.q, params.k, params.v)
-    )
+    q, k, v = queries_keys_values(normed, params.qkv, config, implementation=implementation)
     q, k = rope(q, rotation), rope(k, rotation)
     attended = attend(index, q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
     flat = attended.reshape(*x.shape[:2], -1)
@@ -244,7 +246,7 @@ def _expert_block(
         implementation=implementation,
     )
     if forced is None:
-        chosen, indices = jax.lax.top_k(logits, config.experts_per_token)
+        chosen, indices = top_experts(logits, config.experts_per_token)
     else:
         chosen, indices = jnp.take_along_axis(logits, forced, axis=-1), forced
     weights = jax.nn.softmax(chosen, axis=-1)

@@ -33,7 +33,7 @@ def pack_dense(params: Params, parts: Collection[DensePart]) -> Params:
 
     Args:
       params: the parameters; other parameters of the result are the same arrays.
-      parts: "attention" (q, k, v and out of all layers), "embedding", "unembedding".
+      parts: "attention" (qkv and out of all layers), "embedding", "unembedding".
 
     Raises:
       ValueError: another part, or a matrix whose rows are no multiple of 32.
@@ -54,7 +54,7 @@ def _pack_attention(attention: Attention) -> Attention:
         linear: Linear = getattr(attention, name)
         return Linear(_pack(f"attention.{name}", linear.weight), linear.bias)
 
-    return replace(attention, **{name: packed(name) for name in ("q", "k", "v", "out")})
+    return replace(attention, **{name: packed(name) for name in ("qkv", "out")})
 
 
 def _pack(name: str, weight: Weight) -> MXFP4Array:

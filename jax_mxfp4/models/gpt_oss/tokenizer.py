@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 CARRIED_TOKENIZER = "tokenizer.huggingface.json"
 """The GGUF specification's key for a whole tokenizer.json."""
 
-# GPT-OSS has 28 MB of it.
-_MAX_TOKENIZER_BYTES = 2**26
+MAX_TOKENIZER_BYTES = 2**26
+"""Size of the largest file of a tokenizer that is read; GPT-OSS has 28 MB."""
 
 
 def load_tokenizer(path: str | Path) -> "Tokenizer":
@@ -46,7 +46,7 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
         raise CheckpointError(
             file, "missing; text needs the checkpoint's tokenizer beside its weights"
         )
-    return _build(file, read_json_object(file, _MAX_TOKENIZER_BYTES))
+    return _build(file, read_json_object(file, MAX_TOKENIZER_BYTES))
 
 
 def _build(file: Path, tokenizer: dict[str, Any]) -> "Tokenizer":

@@ -1,0 +1,106 @@
+// How a wgmma kernel is launched: tensor maps, arguments, clusters.
+#pragma once
+
+#include "gemm_wgmma.cuh"
+
+namespace jax_mxfp4 {
+
+template <int kConfig, Epilogue kEpilogue>
+__global__ void __launch_bounds__(WgmmaGemm<kConfig, kEpilogue>::kThreads, 1)
+    wgmma_kernel(const __grid_constant__ WgmmaArgs args, const __grid_constant__ WgmmaMaps maps) {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ char shared[];
+  WgmmaGemm<kConfig, kEpilogue>::run(args, maps, shared);
+#endif
+}
+
+// From the driver, found at run time: the module must load on machines without one.
+inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
+  static const auto encoder = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry,
+                                                               12000, cudaEnableDefault, &found);
+    if (error || found != cudaDriverEntryPointSuccess) entry = nullptr;
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
+  }();
+  return encoder;
+}
+
+struct Matrix {
+  CUtensorMapDataType type;
+  const void* data;
+  int64_t inner, outer, pitch;  // elements, rows, bytes
+};
+
+inline cudaError_t encode(CUtensorMap* map, const Matrix& matrix, int box_inner, int box_outer,
+                          CUtensorMapSwizzle swizzle) {
+  const auto encoder = tensor_map_encoder();
+  if (!encoder) return cudaErrorNotSupported;
+  const cuuint64_t sizes[] = {cuuint64_t(matrix.inner), cuuint64_t(matrix.outer)};
+  const cuuint64_t pitches[] = {cuuint64_t(matrix.pitch)};
+  const cuuint32_t box[] = {cuuint32_t(box_inner), cuuint32_t(box_outer)};
+  const cuuint32_t steps[] = {1, 1};
+  const CUresult result =
+      encoder(map, matrix.type, 2, const_cast<void*>(matrix.data), sizes, pitches, box, steps,
+              CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+template <int kConfig, Epilogue kEpilogue>
+cudaError_t launch_config(int split, const GemmArgs& gemm, int multiprocessors,
+                          cudaStream_t stream) {
+  using Kernel = WgmmaGemm<kConfig, kEpilogue>;
+  constexpr auto kernel = wgmma_kernel<kConfig, kEpilogue>;
+  if (cudaError_t error = opt_in_shared_memory<kernel>(Kernel::kSharedBytes)) return error;
+
+  WgmmaArgs args = {};
+  args.scales = gemm.weights.scales;
+  args.bias = gemm.bias;
+  args.out = gemm.out;
+  args.out_type = gemm.out_type;
+  args.m = int(gemm.m);
+  args.n = gemm.n;
+  args.k = gemm.k;
+  args.tiles_m = (args.m + Kernel::kTileM - 1) / Kernel::kTileM;
+  args.tiles_n = (args.n + Kernel::kTileN - 1) / Kernel::kTileN;
+  args.split = split;
+  args.scatter = Kernel::kGrouped || gemm.out_type == DType::kF32 || gemm.n % 8 != 0;
+  args.tiles = reinterpret_cast<const int4*>(gemm.tiles);
+  args.tile_count = gemm.tile_count;
+  args.alpha = gemm.alpha;
+  args.limit = gemm.limit;
+
+  WgmmaMaps maps;
+  const Matrix x = {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, gemm.x, gemm.k, gemm.m, int64_t(gemm.k) * 2};
+  const Matrix w = {CU_TENSOR_MAP_DATA_TYPE_UINT8, gemm.weights.blocks, gemm.k / 2,
+                    Kernel::kGrouped ? int64_t(gemm.experts) * gemm.n : gemm.n, gemm.k / 2};
+  const Matrix out = {CU_TENSOR_MAP_DATA_TYPE_UINT16, gemm.out, gemm.n, gemm.m,
+                      int64_t(gemm.n) * 2};
+  if (cudaError_t error = encode(&maps.x, x, 64, Kernel::kBoxTokens, CU_TENSOR_MAP_SWIZZLE_128B))
+    return error;
+  if (cudaError_t error =
+          encode(&maps.w, w, Kernel::kWStage / 2, Kernel::kTileN, CU_TENSOR_MAP_SWIZZLE_64B))
+    return error;
+  if (!args.scatter)
+    if (cudaError_t error = encode(&maps.out, out, 64, split > 1 ? 8 : Kernel::kStoreTokens,
+                                   CU_TENSOR_MAP_SWIZZLE_128B))
+      return error;
+
+  // How many tiles a grouped product has is known on the device only.
+  const int tiles = Kernel::kGrouped ? multiprocessors : args.tiles_m * args.tiles_n;
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = split > 1 ? tiles * split : tiles < multiprocessors ? tiles : multiprocessors;
+  launch.blockDim = Kernel::kThreads;
+  launch.dynamicSmemBytes = Kernel::kSharedBytes;
+  launch.stream = stream;
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {unsigned(split), 1, 1};
+  launch.attrs = &cluster;
+  launch.numAttrs = split > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&launch, kernel, args, maps);
+}
+
+}  // namespace jax_mxfp4
