@@ -105,6 +105,17 @@ def test_all_tokens_to_one_expert(implementation, tokens, dtype):
     check(implementation, args, (tokens,))
 
 
+@pytest.mark.parametrize("tokens", [5, 70, 300])
+def test_scales_whose_factor_bfloat16_does_not_hold(implementation, tokens):
+    """Bytes from 129 on take another path in the kernels; here some blocks of every tile do."""
+    rng = np.random.default_rng(14)
+    args = list(operands(rng, tokens, 4, 2, 192, 256, BF16, biased=True))
+    args[0] = args[0] * BF16.type(0.01)
+    args[3] = random_weight(rng, 4, 2 * 256, 192, scales=(122, 132))
+    args[5] = random_weight(rng, 4, 192, 256, scales=(122, 132))
+    check(implementation, args, (tokens,))
+
+
 @pytest.mark.parametrize("tokens", [3, 17, 300])
 def test_experts_without_tokens(implementation, tokens):
     """The first, the last and every second expert have none."""
