@@ -360,8 +360,10 @@ struct WgmmaGemm {
         for (int half = 0; half < 2; ++half) {
           const uint4& w = batch.codes[t][half][b];
           const int n = min(tile.row + lane_row + 64 * t + kSecondRow * half, args.n - 1);
-          const ScaleFactor factor = scale_factor(
-              __ldg(args.scales + (tile.expert_row + n) * blocks_per_row + first_block + b));
+          // Past the end of K codes are zero, but a scale of another row could be NaN.
+          const int block = min(first_block + b, blocks_per_row - 1);
+          const ScaleFactor factor =
+              scale_factor(__ldg(args.scales + (tile.expert_row + n) * blocks_per_row + block));
           uint32_t pairs[4];
           spread(w.x, w.y, selector, pairs[0], pairs[1]);
           spread(w.z, w.w, selector, pairs[2], pairs[3]);

@@ -208,7 +208,8 @@ def _attend_windows(
         seen = _in_window(length, old + length, old, window)
         first = jnp.asarray(start, jnp.int32) - np.int32(old)
         exists = first + jnp.arange(old + length, dtype=jnp.int32) >= 0
-        return attend(q, k, v, (seen & exists)[None])
+        part = attend(q, k, v, (seen & exists)[None])
+        return part._replace(values=part.values.astype(q.dtype))
 
     count = -(-length // window)
     queries = _cut(q, 1, window)
