@@ -368,6 +368,7 @@ struct StreamingGemm {
     Ring<kBiases> bias_ring;
     for (int tile = blockIdx.x; tile < args.n / kTileN;
          tile += gridDim.x, ring.advance(), bias_ring.advance()) {
+      __syncwarp();
       ptx::named_barrier_sync(kReady + ring.index, kReadyThreads);
       float bias[4];
       load_bias(args.bias, bias_slot(shared, bias_ring), row, bias);

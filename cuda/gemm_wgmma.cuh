@@ -266,6 +266,8 @@ struct WgmmaGemm {
       };
       load(block.begin);
       for (int step = block.begin; step < block.end; step += kXPerW, ring.advance()) {
+        // A warp whose lanes came here one after another would count more than once.
+        __syncwarp();
         if (fill++ >= kWStages) ptx::named_barrier_sync(read_barrier(ring.index), kReadThreads);
         bool wide = false;
 #pragma unroll
@@ -382,6 +384,7 @@ struct WgmmaGemm {
   // Of a stage of codes: for the copy engine and for the warps that write factors.
   __device__ static void release_codes(const Block& block, int stage) {
     arrive(block.w_empty + 8 * stage);
+    __syncwarp();
     ptx::named_barrier_arrive(read_barrier(stage), kReadThreads);
   }
 

@@ -277,6 +277,7 @@ struct StreamingMoe {
       for (int unit = step.begin; unit < step.end; ++unit, ring.advance(), bias_ring.advance()) {
         const Segment segment = schedule.segments[unit / step.tiles];
         const int n = unit % step.tiles * kTileN + row;
+        __syncwarp();
         ptx::named_barrier_sync(Gemm::kReady + ring.index, Gemm::kReadyThreads);
         float bias[4];
         Gemm::load_bias(step.bias, Gemm::bias_slot(shared, bias_ring), row, bias);
@@ -366,6 +367,7 @@ struct StreamingMoe {
     else
       compute(args, schedule, shared, sums, barriers, waves);
     const unsigned before = arrivals(kMaxWaves);
+    __syncwarp();
     __syncthreads();
     if (threadIdx.x == 0) {
       arrive_grid(kMaxWaves);

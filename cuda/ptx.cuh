@@ -125,7 +125,8 @@ __device__ __forceinline__ bool barrier_passed(uint32_t barrier, uint32_t parity
 }
 
 // Barriers of a subset of warps: some bring data and go on, others wait for it. `threads` counts
-// both.
+// both. A warp counts as a whole, every time it comes: its lanes must come together, and where a
+// branch lies before that takes a __syncwarp.
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
 }

@@ -168,6 +168,8 @@ int main() {
   for (int k : {64, 320, 2880})
     for (int n : {100, 1000, 9000})
       for (int m : {17, 65, 130, 300}) calls += run_matmul(DType::kBF16, m, n, k);
+  // Three warpgroups whose stages are used again.
+  for (int m : {17, 33, 65, 100}) calls += run_matmul(DType::kBF16, m, 25000, 1152);
   calls += run_matmul(DType::kBF16, 64, 28672, 128) + run_matmul(DType::kBF16, 1000, 9000, 192);
   for (DType type : types)
     for (int tokens : {1, 5, 70, 300})
