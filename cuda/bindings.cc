@@ -54,8 +54,8 @@ nb::dict select_gemm(int64_t m, int64_t n, int64_t k, int streaming_multiprocess
 
 nb::dict select_moe(int64_t pairs, int64_t experts, int64_t d, int64_t inner,
                     int streaming_multiprocessors, int wgmma_multiprocessors) {
-  return describe(jax_mxfp4::select_moe({pairs, experts, d, inner, streaming_multiprocessors,
-                                         wgmma_multiprocessors}),
+  return describe(jax_mxfp4::select_moe(
+                      {pairs, experts, d, inner, streaming_multiprocessors, wgmma_multiprocessors}),
                   1);
 }
 
