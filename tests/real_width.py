@@ -23,14 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_mxfp4.array import MXFP4Array
-from jax_mxfp4.checkpoints.gpt_oss_layout import plan
-from jax_mxfp4.checkpoints.safetensors_writer import NewTensor, SafetensorsWriter
 from jax_mxfp4.models.gpt_oss import GptOss, GptOssConfig, Params
-from jax_mxfp4.models.gpt_oss.config_writing import hugging_face_json
 from jax_mxfp4.models.gpt_oss.forward import Captures
-from jax_mxfp4.models.gpt_oss.params import named_parameters, parameter_specs
 from jax_mxfp4.models.gpt_oss.released import random_params, released_config
+from jax_mxfp4.models.gpt_oss.saving import save_params
 
 LARGEST_DIFFERENCE = 1e-3
 MEDIAN_COSINE, LEAST_COSINE = 0.999, 0.99
@@ -47,8 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     config = two_layers(args.tiny)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, TOKENS)
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
-        folder = Path(scratch)
-        save(random_weights(config), config, folder)
+        folder = Path(scratch) / "checkpoint"
+        save_params(folder, random_weights(config), config)
         expected, experts = transformers_logits(folder, tokens)
         found = {
             dtype: GptOss.from_pretrained(folder, dtype, args.implementation)
@@ -102,22 +98,6 @@ def random_weights(config: GptOssConfig) -> Params:
         return leaf if factor == 1 else leaf * jnp.asarray(factor, leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(scale, random_params(config))
-
-
-def save(params: Params, config: GptOssConfig, folder: Path) -> None:
-    """Write a checkpoint in Hugging Face's layout, dense arrays in bfloat16."""
-    (folder / "config.json").write_text(json.dumps(hugging_face_json(config)))
-    sources = plan("huggingface", parameter_specs(config))
-    arrays: dict[str, Any] = {}
-    for name, leaf in named_parameters(params, config).items():
-        parts = [leaf.blocks, leaf.scales] if isinstance(leaf, MXFP4Array) else [leaf]
-        stored = [tensor.name for tensor in sources[name].tensors]
-        arrays |= dict(zip(stored, parts, strict=True))
-    kinds = {jnp.dtype(jnp.uint8): "U8", jnp.dtype(jnp.bfloat16): "BF16"}
-    described = {name: NewTensor(kinds[a.dtype], a.shape) for name, a in arrays.items()}
-    with SafetensorsWriter(folder, described) as writer:
-        for name, array in arrays.items():
-            writer.write(name, np.asarray(array), 0)
 
 
 def transformers_logits(folder: Path, tokens: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -8,13 +8,14 @@ import real_width
 
 from jax_mxfp4.models.gpt_oss import GptOss
 from jax_mxfp4.models.gpt_oss.released import released_config
+from jax_mxfp4.models.gpt_oss.saving import save_params
 
 
 def test_saved_model_is_loaded_again(tmp_path):
     config = real_width.two_layers(tiny=True)
     params = real_width.random_weights(config)
-    real_width.save(params, config, tmp_path)
-    model = GptOss.from_pretrained(tmp_path)
+    save_params(tmp_path / "checkpoint", params, config)
+    model = GptOss.from_pretrained(tmp_path / "checkpoint")
     assert model.config == config
     assert jax.tree.structure(model.params) == jax.tree.structure(params)
     for found, expected in zip(*map(jax.tree.leaves, (model.params, params)), strict=True):
