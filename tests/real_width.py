@@ -112,6 +112,7 @@ def transformers_logits(folder: Path, tokens: np.ndarray) -> tuple[np.ndarray, l
         quantization_config=Mxfp4Config(dequantize=True),
         device_map="cpu",
     )
+    model.float()  # transformers 5.17 leaves dequantized experts in bfloat16
     experts: list[np.ndarray] = []
     for layer in model.model.layers:
         layer.mlp.router.register_forward_hook(
