@@ -1,7 +1,7 @@
 """Reader of GGUF files."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ class GgufFile:
       CheckpointError: a file is missing, damaged or truncated, or the parts do not fit together.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        """Open the file `path`."""
+    def __init__(self, path: str | Path, *, strict: bool = True) -> None:
+        """Open the file `path`; for `strict` see `open_checkpoint`."""
         self._path = Path(path)
         header = read_header(self._path)
         self._metadata = header.metadata
@@ -47,12 +47,14 @@ class GgufFile:
         problems = self._add(self._path, header)
         for part in _further_parts(self._path, header.metadata):
             problems += self._add(part, read_header(part))
-        if problems:
+        if strict and problems:
             raise CheckpointError(self._path, problems)
+        self._problems = tuple(problems)
         self._keep_cached = fits_page_cache(sum(info.nbytes for info in self._tensors.values()))
 
     def _add(self, file: Path, header: GgufHeader) -> list[str]:
-        problems = []
+        """Add the tensors of a file; return which of them are there twice."""
+        problems = [f"{file.name}: {duplicate}" for duplicate in header.duplicates]
         for name, tensor in header.tensors.items():
             if name in self._tensors:
                 other = self._tensors[name].file.name
@@ -78,6 +80,11 @@ class GgufFile:
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Every tensor by name; shapes are logical ones, [out, in] for a matrix."""
         return self._tensors
+
+    @property
+    def problems(self) -> Sequence[str]:
+        """Which tensors are there twice; none if strict."""
+        return self._problems
 
     def stored(self, name: str) -> StoredArray:
         """Return where tensor `name` lies.

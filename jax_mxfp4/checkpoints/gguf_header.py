@@ -81,10 +81,12 @@ class GgufHeader:
       metadata: Python numbers, booleans and strings; NumPy arrays of numbers; lists of strings,
         where bytes that are not UTF-8 are surrogate escapes.
       tensors: every tensor by name, in the order of the file.
+      duplicates: a sentence for each further tensor with the name of one of `tensors`.
     """
 
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
+    duplicates: list[str]
 
 
 def read_header(file: Path) -> GgufHeader:
@@ -93,6 +95,7 @@ def read_header(file: Path) -> GgufHeader:
     Raises:
       CheckpointError: the file cannot be read, is no GGUF file of a supported version, is
         truncated, or contradicts itself; all that is wrong with the tensors is listed at once.
+        Names that occur twice are no error by themselves.
     """
     size = require_file(file)
     try:
@@ -180,7 +183,7 @@ def _parse(cursor: _Cursor) -> GgufHeader:
         )
     infos = [_tensor_info(cursor, index) for index in range(tensor_count)]
     data_start = -(-cursor.offset // alignment) * alignment
-    return GgufHeader(metadata, _place(cursor, infos, data_start, alignment))
+    return GgufHeader(metadata, *_place(cursor, infos, data_start, alignment))
 
 
 def _value(cursor: _Cursor, what: str) -> Any:
@@ -229,16 +232,20 @@ def _place(
     infos: list[tuple[str, int, tuple[int, ...], int]],
     data_start: int,
     alignment: int,
-) -> dict[str, GgufTensor]:
-    """Return the tensors by name after checking each by itself and all against each other."""
+) -> tuple[dict[str, GgufTensor], list[str]]:
+    """Return the tensors by name, and which are there twice.
+
+    Each is checked by itself and all against each other.
+    """
     problems: list[str] = []
+    duplicates: list[str] = []
     tensors: dict[str, GgufTensor] = {}
     place = partial(_place_one, data_start=data_start, alignment=alignment, size=cursor.size)
     for name, number, shape, offset in infos:
         report: Callable[[str], None] = partial(_report, problems, name)
         tensor = place(name, number, shape, offset, report)
         if name in tensors:
-            report("occurs twice")
+            _report(duplicates, name, "occurs twice")
         elif tensor is not None:
             tensors[name] = tensor
     last = None
@@ -248,8 +255,8 @@ def _place(
         if last is None or tensor.start + tensor.nbytes > last.start + last.nbytes:
             last = tensor
     if problems:
-        raise CheckpointError(cursor.file, problems)
-    return tensors
+        raise CheckpointError(cursor.file, problems + duplicates)
+    return tensors, duplicates
 
 
 def _report(problems: list[str], name: str, problem: str) -> None:

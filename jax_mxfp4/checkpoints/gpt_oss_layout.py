@@ -165,7 +165,8 @@ def check(reader: Reader, sources: Mapping[str, Source]) -> None:
     """Compare the tensors of `reader` with those that `sources` ask for.
 
     Raises:
-      CheckpointError: lists every missing, unexpected, misshapen or wrongly typed tensor.
+      CheckpointError: lists every missing, unexpected, misshapen or wrongly typed tensor, and the
+        `problems` of `reader`, such as tensors that are there twice.
     """
     wanted = {tensor.name: tensor for source in sources.values() for tensor in source.tensors}
     problems = []
@@ -181,6 +182,7 @@ def check(reader: Reader, sources: Mapping[str, Source]) -> None:
         for name, info in reader.tensors.items()
         if name not in wanted
     ]
+    problems += reader.problems
     if problems:
         raise CheckpointError(reader.path, problems)
 

@@ -29,8 +29,8 @@ class GptOssParameters:
       specs: canonical name -> what the model needs.
 
     Raises:
-      CheckpointError: the layout is unknown, or tensors are missing, unexpected, misshapen or of
-        the wrong element type; every one of them is listed.
+      CheckpointError: the layout is unknown, or tensors are missing, unexpected, misshapen, of the
+        wrong element type or there twice; every one of them is listed.
     """
 
     def __init__(self, reader: Reader, specs: Mapping[str, ParameterSpec]) -> None:

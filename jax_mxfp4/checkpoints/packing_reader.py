@@ -10,7 +10,7 @@ experts lie
 * in GGUF files under the same names as when packed, with another element type.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -58,7 +58,8 @@ class PackingReader:
     "model.layers.0.mlp.experts.down_proj.7".
 
     Raises:
-      CheckpointError: lists every tensor that is missing, unexpected, misshapen or wrongly typed.
+      CheckpointError: lists every tensor that is missing, unexpected, misshapen, wrongly typed or
+        there twice.
     """
 
     def __init__(self, reader: Reader, specs: Mapping[str, ParameterSpec], pack: Packer) -> None:
@@ -97,6 +98,11 @@ class PackingReader:
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Every tensor by name, experts as if packed; `nbytes` is what will be read for it."""
         return self._tensors
+
+    @property
+    def problems(self) -> Sequence[str]:
+        """None, or this would not have been made."""
+        return self._reader.problems
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         """Return tensor `name`, or only `rows` of its first axis, packing it if it is of experts.

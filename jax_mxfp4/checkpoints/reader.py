@@ -3,7 +3,7 @@
 import json
 import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -47,6 +47,11 @@ class Reader(Protocol):
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Every stored tensor by name."""
+        ...
+
+    @property
+    def problems(self) -> Sequence[str]:
+        """What is wrong although every one of `tensors` can be read; see `open_checkpoint`."""
         ...
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import ml_dtypes
@@ -46,31 +46,34 @@ class SafetensorsFolder:
       CheckpointError: everything that is wrong with the index and the files, at once.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        """Open the folder `path`."""
+    def __init__(self, path: str | Path, *, strict: bool = True) -> None:
+        """Open the folder `path`; for `strict` see `open_checkpoint`."""
         self._path = Path(path)
         require_folder(self._path)
         index_file, weight_map = _read_index(self._path)
         files = sorted(set(weight_map.values())) if index_file else _list_files(self._path)
-        headers, problems = _read_headers(self._path, files)
+        headers, damage = _read_headers(self._path, files)
         self._tensors: dict[str, TensorInfo] = {}
         self._starts: dict[str, int] = {}
+        problems: list[str] = []
         for header in headers:
             problems += self._add(header)
         # Without all the headers a comparison with the index would only repeat what is known.
-        if index_file and len(headers) == len(files):
+        if index_file and not damage:
             problems += _compare_with_index(weight_map, self._tensors)
-        if problems:
-            raise CheckpointError(index_file or self._path, problems)
+        if damage or (strict and problems):
+            raise CheckpointError(index_file or self._path, damage + problems)
+        self._problems = tuple(problems)
         self._keep_cached = fits_page_cache(sum(info.nbytes for info in self._tensors.values()))
 
     def _add(self, header: SafetensorsHeader) -> list[str]:
-        """Add the tensors of a file; return which of them were in another one."""
-        problems = []
+        """Add the tensors of a file; return which of them are there twice."""
+        file = header.file.name
+        problems = [f"{file}: {duplicate}" for duplicate in header.duplicates]
         for name, info in header.tensors.items():
             if name in self._tensors:
                 other = self._tensors[name].file.name
-                problems.append(f"{info.file.name}: tensor {name!r} is also in {other}")
+                problems.append(f"{file}: tensor {name!r} is also in {other}")
                 continue
             self._tensors[name] = info
             self._starts[name] = header.starts[name]
@@ -85,6 +88,11 @@ class SafetensorsFolder:
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Every tensor of every file by name."""
         return self._tensors
+
+    @property
+    def problems(self) -> Sequence[str]:
+        """Which tensors are there twice, or elsewhere than the index says; none if strict."""
+        return self._problems
 
     def stored(self, name: str) -> StoredArray:
         """Return where tensor `name` lies, of any element type that NumPy or ml_dtypes has.

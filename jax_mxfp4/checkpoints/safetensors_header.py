@@ -40,12 +40,16 @@ class SafetensorsHeader:
     """What a safetensors file says about itself.
 
     Attributes:
+      file: the file.
       tensors: every tensor by name, in the order of the file.
       starts: where the data of each begins, in bytes from the start of the file.
+      duplicates: a sentence for each name that occurs twice, of which the last is known here.
     """
 
+    file: Path
     tensors: dict[str, TensorInfo]
     starts: dict[str, int]
+    duplicates: list[str]
 
 
 def read_header(file: Path) -> SafetensorsHeader:
@@ -53,7 +57,8 @@ def read_header(file: Path) -> SafetensorsHeader:
 
     Raises:
       CheckpointError: the file cannot be read, is truncated or no safetensors file, or contradicts
-        itself; all that is wrong with the tensors is listed at once.
+        itself; all that is wrong with the tensors is listed at once. Names that occur twice are no
+        error by themselves.
     """
     size = require_file(file)
     try:
@@ -69,8 +74,9 @@ def read_header(file: Path) -> SafetensorsHeader:
             text = handle.read(length)
     except OSError as error:
         raise CheckpointError(file, f"cannot be read: {error.strerror or error}") from error
-    entries, duplicates = _parse(file, text)
-    problems = [f"{name!r} occurs twice in the header" for name in duplicates]
+    entries, twice = _parse(file, text)
+    duplicates = [f"{name!r} occurs twice in the header" for name in twice]
+    problems: list[str] = []
     data_start = _LENGTH_BYTES + length
     tensors: dict[str, TensorInfo] = {}
     starts: dict[str, int] = {}
@@ -84,11 +90,12 @@ def read_header(file: Path) -> SafetensorsHeader:
         begin, end = entry["data_offsets"]
         tensors[name] = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), end - begin, file)
         starts[name] = data_start + begin
-    if not problems:
+    # What the first of two with one name covers is not known, and would seem to be unused.
+    if not problems and not duplicates:
         problems = _check_cover(tensors, starts, data_start, size)
     if problems:
-        raise CheckpointError(file, problems)
-    return SafetensorsHeader(tensors, starts)
+        raise CheckpointError(file, duplicates + problems)
+    return SafetensorsHeader(file, tensors, starts, duplicates)
 
 
 def _parse(file: Path, text: bytes) -> tuple[dict[str, Any], list[str]]:

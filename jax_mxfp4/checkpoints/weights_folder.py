@@ -1,6 +1,6 @@
 """The weights of any model in a Hugging Face folder by their names, packed ones as `MXFP4Array`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,25 @@ class WeightsFolder:
       config: the content of `config.json`.
       specs: shape of every weight by name, and whether it is packed. Other tensors, such as
         biases, are weights here too.
+      problems: tensors that are there twice, or elsewhere than the index says; empty if strict.
 
     Raises:
       CheckpointError: the folder or its configuration is damaged, the weights are quantized in
-        another format, or (all listed at once) tensors of packed weights do not fit together.
+        another format, or (all listed at once) tensors of packed weights do not fit together, or
+        are there twice.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        """Open the folder `path`."""
-        self._reader = SafetensorsFolder(path)
+    def __init__(self, path: str | Path, *, strict: bool = True) -> None:
+        """Open the folder `path`.
+
+        Args:
+          path: the folder.
+          strict: whether `problems` are an error by themselves. If not, they are for the caller to
+            report with what else does not fit a model.
+        """
+        # They are reported here, with what is wrong with packed weights.
+        self._reader = SafetensorsFolder(path, strict=False)
+        self.problems: Sequence[str] = self._reader.problems
         self.path = self._reader.path
         file = self.path / "config.json"
         self.config: Mapping[str, Any] = read_json_object(file)
@@ -58,8 +68,8 @@ class WeightsFolder:
             problems.append(
                 f"expected *.{PACKED} tensors if and only if config.json has 'quantization_config'"
             )
-        if problems:
-            raise CheckpointError(self.path, problems)
+        if problems or (strict and self.problems):
+            raise CheckpointError(self.path, [*problems, *self.problems])
 
     def _add(self, tensors: Mapping[str, TensorInfo]) -> list[str]:
         """Add the weights that `tensors` make up; return what is wrong with them."""

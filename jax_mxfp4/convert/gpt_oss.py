@@ -67,7 +67,7 @@ def write_gpt_oss(
     """
     config = read_config(source)
     specs = parameter_specs(config)
-    reader = stored = open_checkpoint(source)
+    reader = stored = open_checkpoint(source, strict=False)
     files = _files(stored, config)
     if has_unpacked_experts(stored, specs):
         reader = PackingReader(stored, specs, pack or round_to_nearest())

@@ -28,10 +28,12 @@ def check_llama_shapes(weights: WeightsFolder) -> str | None:
 
     Raises:
       CheckpointError: the configuration lacks a size; or weights are missing or misshapen, all of
-        which are listed. Further weights are none of its business.
+        which are listed with the `problems` of `weights`. Further weights are none of its business.
     """
     model_type = weights.config.get("model_type")
     if model_type not in _MODEL_TYPES:
+        if weights.problems:
+            raise CheckpointError(weights.path, weights.problems)
         return f"shapes of a model of type {shorten(model_type)} against its configuration"
     sizes = _sizes(weights)
     needed, possible = _shapes(sizes, bool(weights.config.get("tie_word_embeddings", False)))
@@ -45,6 +47,7 @@ def check_llama_shapes(weights: WeightsFolder) -> str | None:
         for name, shape in {**needed, **possible}.items()
         if name in weights.specs and weights.specs[name].shape != shape
     ]
+    problems += weights.problems
     if problems:
         raise CheckpointError(weights.path, problems)
     return None

@@ -23,16 +23,20 @@ def open_parameters(path: str | Path, reader: Reader) -> Parameters:
     Of GPT-OSS those that its configuration asks for, by canonical name, with experts packed or not;
     of another model in Hugging Face's layout every weight by its name.
 
+    If `reader` was not opened strictly, its `problems` are reported with what is wrong with
+    GPT-OSS; of another model they are left in those of the `WeightsFolder`.
+
     Args:
       path: a folder, or a file `*.gguf` of GPT-OSS.
       reader: the same, open.
 
     Raises:
       CheckpointError: the configuration is damaged; of GPT-OSS, tensors are missing, unexpected,
-        misshapen or of a wrong type; of others, those of packed weights do not fit together.
+        misshapen, of a wrong type or there twice; of others, those of packed weights do not fit
+        together.
     """
     if not is_gpt_oss(path):
-        return WeightsFolder(path)
+        return WeightsFolder(path, strict=False)
     specs = parameter_specs(read_config(path))
     if has_unpacked_experts(reader, specs):
         return UnpackedParameters(reader, specs)

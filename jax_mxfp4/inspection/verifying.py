@@ -55,11 +55,11 @@ def verify(path: str | Path, progress: Progress | None = None) -> Verified:
         twice, once for the checksums.
 
     Raises:
-      CheckpointError: its structure is damaged, tensors are missing, unexpected, misshapen or of a
-        wrong type; or else, all at once, every parameter with NaN scales or values that are not
-        finite, and every file that is not what was recorded.
+      CheckpointError: its structure is damaged, tensors are missing, unexpected, misshapen, of a
+        wrong type or there twice; or else, all at once, every parameter with NaN scales or values
+        that are not finite, and every file that is not what was recorded.
     """
-    reader = open_checkpoint(path)
+    reader = open_checkpoint(path, strict=False)
     parameters = open_parameters(path, reader)
     unchecked = None
     if isinstance(parameters, WeightsFolder):

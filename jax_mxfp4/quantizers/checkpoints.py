@@ -116,7 +116,7 @@ class _ExpertReader:
 
     def __init__(self, source: Path, config: GptOssConfig, dtype: DTypeLike) -> None:
         specs = parameter_specs(config)
-        reader = open_checkpoint(source)
+        reader = open_checkpoint(source, strict=False)
         if not has_unpacked_experts(reader, specs):
             raise CheckpointError(source, "the experts are packed already, nothing is left to pack")
         self._parameters = GptOssParameters(PackingReader(reader, specs, self._capture), specs)

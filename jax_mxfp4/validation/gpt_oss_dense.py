@@ -125,7 +125,8 @@ def has_dense_experts(path: str | Path) -> bool:
       CheckpointError: `path` is no checkpoint.
     """
     return (
-        _DENSE_EXPERTS["layers.{layer}.mlp.down"].format(layer=0) in open_checkpoint(path).tensors
+        _DENSE_EXPERTS["layers.{layer}.mlp.down"].format(layer=0)
+        in open_checkpoint(path, strict=False).tensors
     )
 
 
@@ -134,7 +135,7 @@ def _is_packed(leaf: Any) -> bool:
 
 
 def _load_dense(path: str | Path, config: GptOssConfig, dtype: DTypeLike) -> Params:
-    reader = open_checkpoint(path)
+    reader = open_checkpoint(path, strict=False)
     experts = {
         ours.format(layer=layer): theirs.format(layer=layer)
         for layer in range(config.num_layers)
@@ -171,6 +172,10 @@ class _Without:
     @property
     def tensors(self) -> dict[str, TensorInfo]:
         return {k: v for k, v in self.reader.tensors.items() if k not in self.hidden}
+
+    @property
+    def problems(self) -> Sequence[str]:
+        return self.reader.problems
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
         return self.reader.read(name, rows)

@@ -50,7 +50,10 @@ def load_judge(path: Path | None, dtype: DTypeLike, implementation: Implementati
     """
     source = mini_path() if path is None else path
     name = "the built-in model" if path is None else path.name if path.is_file() else str(path)
-    if is_gguf(source) and GgufFile(source).metadata.get("general.architecture") == "llama":
+    if (
+        is_gguf(source)
+        and GgufFile(source, strict=False).metadata.get("general.architecture") == "llama"
+    ):
         return _load_llama(name, source, dtype, implementation)
     tokenizer = load_tokenizer(source)
     packed: tuple[str, ...] = ()

@@ -133,17 +133,18 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
 
 def _load(path: Path) -> None:
     """Do what `inspect`, `convert` and loading do with a checkpoint."""
-    for _ in summarize(open_checkpoint(path)):
+    # Not strictly, so that what is there twice does not hide the rest from being tried.
+    reader = open_checkpoint(path, strict=False)
+    for _ in summarize(reader):
         pass
     specs = parameter_specs(read_config(path))
-    reader = open_checkpoint(path)
     dense_dtypes(reader, specs)
     for _ in read_parameters(reader, specs):
         pass
 
 
 def _load_weights(path: Path) -> None:
-    for _ in summarize(open_checkpoint(path)):
+    for _ in summarize(open_checkpoint(path, strict=False)):
         pass
     for _ in WeightsFolder(path).items():
         pass

@@ -174,7 +174,7 @@ def load_params(
       CheckpointError: see `open_checkpoint` and `GptOssParameters`.
       TypeError, ValueError: `sharding` does not fit; see `place_parameters`.
     """
-    parameters = GptOssParameters(open_checkpoint(path), parameter_specs(config))
+    parameters = GptOssParameters(open_checkpoint(path, strict=False), parameter_specs(config))
     placed = place_parameters(parameters, dtype, sharding, progress)
 
     def read(name: str) -> Any:

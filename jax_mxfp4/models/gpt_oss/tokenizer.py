@@ -36,7 +36,7 @@ def load_tokenizer(path: str | Path) -> "Tokenizer":
     """
     path = Path(path)
     if is_gguf(path):
-        metadata = GgufFile(path).metadata
+        metadata = GgufFile(path, strict=False).metadata
         text = metadata.get(CARRIED_TOKENIZER)
         if text is None:
             return _build(path, tokenizer_from_metadata(path, metadata))

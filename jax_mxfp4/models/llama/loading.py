@@ -1,6 +1,6 @@
 """Filling a `Llama` from a GGUF file or from a folder in Hugging Face's layout."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ Read = Callable[[str], np.ndarray | MXFP4Array]
 
 def load_gguf(cls: type[Model], path: Path, dtype: DTypeLike) -> Model:
     """Returns the model in the GGUF file `path`; see `Llama.from_gguf`."""
-    file = GgufFile(path)
+    file = GgufFile(path, strict=False)
     tied = output_name("gguf") not in file.tensors
     config = config_from_gguf(path, file.metadata, tie_embeddings=tied)
 
@@ -37,17 +37,17 @@ def load_gguf(cls: type[Model], path: Path, dtype: DTypeLike) -> Model:
         return array
 
     shapes = {name: info.shape for name, info in file.tensors.items()}
-    return _filled(cls, config, path, "gguf", shapes, read, dtype)
+    return _filled(cls, config, path, "gguf", shapes, file.problems, read, dtype)
 
 
 def load_folder(cls: type[Model], path: Path, dtype: DTypeLike) -> Model:
     """Returns the model in the folder `path`; see `Llama.from_pretrained`."""
-    folder = WeightsFolder(path)
+    folder = WeightsFolder(path, strict=False)
     config = config_from_folder(path, folder.config)
     shapes = {name: spec.shape for name, spec in folder.specs.items()}
     if config.tie_embeddings:
         shapes.pop(output_name("huggingface"), None)  # the embedding once more
-    return _filled(cls, config, path, "huggingface", shapes, folder.read, dtype)
+    return _filled(cls, config, path, "huggingface", shapes, folder.problems, folder.read, dtype)
 
 
 def _filled(
@@ -56,15 +56,20 @@ def _filled(
     path: Path,
     layout: Layout,
     shapes: Mapping[str, tuple[int, ...]],
+    problems: Sequence[str],
     read: Read,
     dtype: DTypeLike,
 ) -> Model:
-    """Returns a model whose parameters are what `read` gives for the names of `shapes`."""
+    """Returns a model whose parameters are what `read` gives for the names of `shapes`.
+
+    Raises:
+      CheckpointError: lists `problems`, and every missing, misshapen or unexpected tensor.
+    """
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, found {dtype}")
     model = nnx.eval_shape(lambda: cls(config, dtype=dtype, rngs=nnx.Rngs(0)))
     names = stored_names(config, layout)
-    _check(path, model, names, shapes)
+    _check(path, model, names, shapes, problems)
     for our_path, name in names.items():
         module_path, _, attribute = our_path.rpartition(".")
         module = _at(model, module_path)
@@ -83,7 +88,11 @@ def _filled(
 
 
 def _check(
-    path: Path, model: Llama, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+    path: Path,
+    model: Llama,
+    names: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    known: Sequence[str],
 ) -> None:
     expected = set(names.values())
     problems = [f"tensor {name!r}: not expected" for name in shapes if name not in expected]
@@ -95,6 +104,7 @@ def _check(
         elif shapes[name] != shape:
             found = list(shapes[name])
             problems.append(f"tensor {name!r}: expected shape {list(shape)}, found {found}")
+    problems += known
     if problems:
         raise CheckpointError(path, problems)
 
