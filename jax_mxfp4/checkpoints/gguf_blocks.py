@@ -12,63 +12,55 @@ from jax_mxfp4.format import BLOCK_BYTES
 MXFP4_BYTES = 1 + BLOCK_BYTES
 """Bytes of one MXFP4 block in a GGUF file."""
 
-# One block as numbers: the scale, codes of bytes 0 to 7, codes of bytes 8 to 15.
-_BLOCK = np.dtype([("scale", "u1"), ("first", "<u8"), ("second", "<u8")])
-_WORD = np.dtype("<u8")
-# Blocks that are converted at a time, so that the words in between stay in the cache.
-_CHUNK = 2**15
-_NIBBLES, _BYTES, _PAIRS, _HALF = (
-    np.uint64(mask)
-    for mask in (0x0F0F0F0F0F0F0F0F, 0x00FF00FF00FF00FF, 0x0000FFFF0000FFFF, 0x00000000FFFFFFFF)
-)
-_SHIFTS = tuple(np.uint64(bits) for bits in (4, 8, 16, 32))
+_BLOCK = np.dtype([("scale", "u1"), ("codes", f"V{BLOCK_BYTES}")])
+# Neighbouring bytes, and half a block of ours.
+_PAIR, _HALF = np.dtype("<u2"), np.dtype("<u8")
+# Blocks that are converted at a time, so that what is made of them on the way stays in the cache.
+_CHUNK = 2**14
+_LOW_NIBBLES, _NIBBLE_BITS = np.uint16(0x0F0F), np.uint16(4)
 
 
 def unpack_mxfp4(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return blocks uint8 [..., G, 16] and scales uint8 [..., G] of `raw` uint8 [..., G, 17]."""
     stored = np.ascontiguousarray(raw).reshape(-1).view(_BLOCK)
-    words = np.empty((stored.size, 2), _WORD)
+    halves = np.empty((stored.size, 2), _HALF)
     for start in range(0, stored.size, _CHUNK):
         rows = slice(start, start + _CHUNK)
-        first, second = (stored[name][rows].copy() for name in ("first", "second"))
+        pairs = stored["codes"][rows].copy().view(_PAIR)
         # Low nibbles are elements 0 to 15, the first half of our block; high nibbles the others.
-        words[rows, 0] = _gather(first) | _gather(second) << _SHIFTS[3]
-        first >>= _SHIFTS[0]
-        second >>= _SHIFTS[0]
-        words[rows, 1] = _gather(first) | _gather(second) << _SHIFTS[3]
-    return words.view(np.uint8).reshape(*raw.shape[:-1], BLOCK_BYTES), raw[..., 0].copy()
+        halves[rows, 0] = _gather(pairs)
+        pairs >>= _NIBBLE_BITS
+        halves[rows, 1] = _gather(pairs)
+    return halves.view(np.uint8).reshape(*raw.shape[:-1], BLOCK_BYTES), raw[..., 0].copy()
 
 
 def pack_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """Return uint8 [..., G, 17] of blocks [..., G, 16] and scales [..., G]: the inverse."""
-    words = np.ascontiguousarray(blocks).reshape(-1).view(_WORD).reshape(-1, 2)
+    halves = np.ascontiguousarray(blocks).reshape(-1).view(_HALF).reshape(-1, 2)
     stored = np.empty(scales.size, _BLOCK)
     stored["scale"] = scales.reshape(-1)
     for start in range(0, stored.size, _CHUNK):
         rows = slice(start, start + _CHUNK)
-        low, high = (words[rows, half].copy() for half in (0, 1))
-        stored["first"][rows] = _spread(low & _HALF) | _spread(high & _HALF) << _SHIFTS[0]
-        low >>= _SHIFTS[3]
-        high >>= _SHIFTS[3]
-        stored["second"][rows] = _spread(low) | _spread(high) << _SHIFTS[0]
+        low, high = (_spread(halves[rows, half].copy()) for half in (0, 1))
+        high <<= _NIBBLE_BITS
+        low |= high
+        stored["codes"][rows] = low.view(_BLOCK["codes"])
     return stored.view(np.uint8).reshape(*scales.shape, MXFP4_BYTES)
 
 
-def _gather(words: np.ndarray) -> np.ndarray:
-    """Move the low nibbles of the 8 bytes of each word next to each other: 4 bytes."""
-    words = words & _NIBBLES
-    for shift, mask in zip(_SHIFTS, (_BYTES, _PAIRS, _HALF), strict=False):
-        words |= words >> shift
-        words &= mask
-    return words
+def _gather(pairs: np.ndarray) -> np.ndarray:
+    """Return half a block for 8 pairs of bytes: of each pair the two low nibbles as one byte."""
+    pairs = pairs & _LOW_NIBBLES
+    pairs |= pairs >> _NIBBLE_BITS
+    return pairs.astype(np.uint8).view(_HALF)  # the upper bytes are dropped
 
 
-def _spread(words: np.ndarray) -> np.ndarray:
-    """Move the 8 nibbles of the low 4 bytes of each word into bytes of their own."""
-    for shift, mask in zip(_SHIFTS[2::-1], (_PAIRS, _BYTES, _NIBBLES), strict=True):
-        words = words | words << shift
-        words &= mask
-    return words
+def _spread(halves: np.ndarray) -> np.ndarray:
+    """Return 8 pairs of bytes for half a block: of each byte the two nibbles as low ones."""
+    pairs = halves.view(np.uint8).astype(_PAIR)
+    pairs |= pairs << _NIBBLE_BITS
+    pairs &= _LOW_NIBBLES
+    return pairs
 
 
 def dequantize_q8_0(raw: np.ndarray) -> np.ndarray:

@@ -18,6 +18,8 @@ from jax_mxfp4.format import BLOCK_BYTES, BLOCK_SIZE
 
 # Elements that a thread converts at a time: few enough to stay in its processor's cache.
 _CHUNK = 2**21
+# Blocks that it repacks at a time: they go to their place while the cache has them.
+_CACHED_BLOCKS = 2**13
 _THREADS = 4
 _VALUES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -59,8 +61,9 @@ def read_gguf(
     """
     part = box(part, spec.part_shape)
     shape = box_shape(part)
+    is_file = isinstance(reader, FileReader)
     # Other readers make whole rows of the first axis, at some cost: each once, and in order.
-    axes, threads = (len(shape), _THREADS) if isinstance(reader, FileReader) else (1, 1)
+    axes, threads = (len(shape), _THREADS) if is_file else (1, 1)
     if spec.packed:
         blocks, scales = (
             aligned_empty(leaf, np.dtype(np.uint8)) for leaf in ((*shape, BLOCK_BYTES), shape)
@@ -68,12 +71,16 @@ def read_gguf(
 
         def fill(piece: _Piece) -> None:
             raw = read_part(reader, piece.name, piece.stored)
-            blocks[piece.where], scales[piece.where] = unpack_mxfp4(raw)
+            block_rows, scale_rows = blocks[piece.where], scales[piece.where]
+            for few in boxes(raw.shape[:-1], _CACHED_BLOCKS):
+                block_rows[few], scale_rows[few] = unpack_mxfp4(raw[few])
 
         _run(fill, _pieces(source, part, axes, _CHUNK // BLOCK_SIZE), threads)
         return MXFP4Array(blocks, scales)
 
     dtypes = {tensor.name: reader.tensors[tensor.name].dtype for tensor in source.tensors}
+    if is_file and len(dtypes) == 1 and "Q8_0" not in dtypes.values():
+        return read_part(reader, source.tensors[0].name, part)  # straight to where it stays
     dense = aligned_empty(shape, np.result_type(*(_VALUES[dtype] for dtype in dtypes.values())))
 
     def convert(piece: _Piece) -> None:
