@@ -67,7 +67,7 @@ class RecordDifference:
 
 
 def run_suite(implementations: Sequence[Implementation]) -> Iterator[Record]:
-    """Run every case with each of `implementations`, and the built-in model.
+    """Run every case with each of `implementations`, and the built-in model `mini`.
 
     Args:
       implementations: "reference", "cuda" or both.
@@ -154,9 +154,9 @@ def _model_records(
 ) -> Iterator[Record]:
     dtype = str(model.params.norm.dtype)
     logits = np.asarray(model(jnp.asarray(windows.tokens[:1])))
-    yield _record(f"logits of the built-in model in {dtype}", implementation, logits, None)
+    yield _record(f"logits of the model mini in {dtype}", implementation, logits, None)
     perplexity = np.array([likelihood(model, windows).perplexity])
-    yield _record(f"perplexity of the built-in model in {dtype}", implementation, perplexity, None)
+    yield _record(f"perplexity of the model mini in {dtype}", implementation, perplexity, None)
 
 
 def _record(
