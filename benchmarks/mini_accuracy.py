@@ -1,4 +1,4 @@
-"""What packing more of the built-in model costs in accuracy: its cache, its dense matrices.
+"""What packing more of the built-in model mini costs in accuracy: its cache, its dense matrices.
 
     python benchmarks/mini_accuracy.py
 

@@ -1,4 +1,4 @@
-"""What quantizers beyond plain rounding gain: on random data, on layers, on the built-in model.
+"""What quantizers beyond plain rounding gain: on random data, on layers, on the model mini.
 
     python benchmarks/quantizers.py sqnr
     python benchmarks/quantizers.py mini enwiki_94_articles.txt
@@ -89,7 +89,7 @@ def sqnr_rows() -> Rows:
 
 
 def mini_rows(calibration: Path) -> Rows:
-    """One row for each way to round the experts of the built-in model's bfloat16 original."""
+    """One row for each way to round the experts of the model mini's bfloat16 original."""
     original = DenseGptOss.from_pretrained(GOLDEN / "bf16")
     ids = load_tokenizer(GOLDEN / "bf16").encode(read_text(calibration).content).ids
     golden = np.load(GOLDEN / "ppl_golden.npz")

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from jax_mxfp4 import cli_checkpoints, cli_convert, cli_eval
+from jax_mxfp4.cli_models import BUILTIN, DEFAULT, NAMES
 from jax_mxfp4.cli_progress import byte_progress
 
 if TYPE_CHECKING:
@@ -61,8 +62,9 @@ def generate(
     model: Annotated[
         Path | None,
         typer.Option(
-            help="A GPT-OSS checkpoint: a folder in Hugging Face's or OpenAI's layout, or *.gguf.",
-            show_default="the built-in model of 2.1 million parameters",
+            help="A GPT-OSS checkpoint: a folder in Hugging Face's or OpenAI's layout, or *.gguf; "
+            f"or the name of a built-in model: {NAMES}.",
+            show_default=DEFAULT,
         ),
     ] = None,
     tokenizer: Annotated[
@@ -107,8 +109,8 @@ def generate(
     _check("--seed", 0 <= seed <= _MAX_SEED, f"0 to {_MAX_SEED}", seed)
     for part in pack or ():
         _check("--pack", part in _DENSE_PARTS, ", ".join(_DENSE_PARTS), part)
-    if model is not None:
-        _check("--model", model.exists(), "a checkpoint", f"nothing at {model}")
+    if model is not None and str(model) not in BUILTIN:
+        _check("--model", model.exists(), f"a checkpoint, {NAMES}", f"nothing at {model}")
     if tokenizer is not None:
         found = f"{'a file' if tokenizer.exists() else 'nothing'} at {tokenizer}"
         _check("--tokenizer", tokenizer.is_dir(), "a folder", found)
@@ -117,14 +119,14 @@ def generate(
 
     from jax_mxfp4.doctor import collect, default_implementation, lacking
     from jax_mxfp4.models.gpt_oss import GptOss
-    from jax_mxfp4.models.gpt_oss.builtin import mini_path
+    from jax_mxfp4.models.gpt_oss.builtin import find_model
     from jax_mxfp4.models.gpt_oss.generate import generate as generate_tokens
     from jax_mxfp4.models.gpt_oss.tokenizer import load_tokenizer
 
     # Known before the weights are read, which can take minutes.
     if implementation == "cuda" and default_implementation() != "cuda":
         raise RuntimeError(f"--implementation cuda: {' '.join(lacking(collect()))}")
-    path = mini_path() if model is None else model
+    path, name = find_model(model)
     console = Console(stderr=True, highlight=False)
     started = time.perf_counter()
     with byte_progress("loading") as report:
@@ -137,7 +139,7 @@ def generate(
         )
     encoder = load_tokenizer(path if tokenizer is None else tokenizer)
     console.print(
-        f"loaded {'the built-in model' if model is None else model} "
+        f"loaded {name} "
         f"({_parameters(weights):,} parameters, {dtype}) in {time.perf_counter() - started:.1f} s; "
         f"{implementation or default_implementation()} implementation on "
         f"{jax.devices()[0].device_kind}",

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from jax_mxfp4.cli_models import DEFAULT, NAMES
+
 if TYPE_CHECKING:
     from jax_mxfp4.validation.judges import Judge
 
@@ -19,8 +21,9 @@ _WIDE = 200
 ModelOption = Annotated[
     Path | None,
     typer.Option(
-        help="A GPT-OSS checkpoint, also one with dense experts, or a GGUF file of a Llama model.",
-        show_default="the built-in model",
+        help="A GPT-OSS checkpoint, also one with dense experts, a GGUF file of a Llama model, or "
+        f"the name of a built-in model: {NAMES}.",
+        show_default=DEFAULT,
     ),
 ]
 TextOption = Annotated[

@@ -1,4 +1,4 @@
-"""The first two layers of the built-in model: a real model that compiles in half the time."""
+"""The first two layers of the built-in model mini: a real model that compiles in half the time."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -56,11 +56,11 @@ def test_training_example(tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     with jax.numpy_dtype_promotion("standard"):  # Optax's Adam needs it
         program["main"]([*inputs, "--tiny", "--steps", "60", "--json", str(result)])
-    in_training, written, built_in = json.loads(result.read_text())["rows"]
+    in_training, written, mini = json.loads(result.read_text())["rows"]
     assert in_training["perplexity"] < 500  # of 1024 tokens that are equally likely at first
     tolerance = 1e-5 if jax.default_backend() == "cpu" else 1e-2  # in bfloat16
     assert abs(written["perplexity"] / in_training["perplexity"] - 1) < tolerance
-    assert built_in["perplexity"] < 50
+    assert mini["perplexity"] < 50
     assert 0 < written["bytes"] - (tmp_path / "trained" / "model.safetensors").stat().st_size < 1e5
 
 

@@ -23,7 +23,7 @@ PROMPT = [10, 200, 3]
 
 @pytest.fixture(scope="module")
 def model() -> GptOss:
-    """The first two layers of the built-in model, enough for everything but sensible text."""
+    """The first two layers of the model mini, enough for everything but sensible text."""
     mini = GptOss.from_pretrained(mini_path(), jnp.float32)
     config = dataclasses.replace(mini.config, layer_types=mini.config.layer_types[:2])
     return GptOss(dataclasses.replace(mini.params, layers=mini.params.layers[:2]), config)
@@ -53,12 +53,12 @@ CONTINUATION = [
 # fmt: on
 
 
-def test_builtin_model_generates_the_same_tokens_everywhere(implementation):
+def test_mini_generates_the_same_tokens_everywhere(implementation):
     model = GptOss.from_pretrained(mini_path(), jnp.float32, implementation)
     assert generate(model, ONCE_UPON_A_TIME, max_new_tokens=40) == [CONTINUATION]
 
 
-def test_builtin_model_continues_text(tokenizer):
+def test_mini_continues_text(tokenizer):
     assert tokenizer.encode("Once upon a time").ids == ONCE_UPON_A_TIME
     assert tokenizer.decode(ONCE_UPON_A_TIME + CONTINUATION[:21]) == (
         "Once upon a time, and the fire of the fire, and the fire of the forests of"

@@ -49,7 +49,7 @@ def with_rule(rule: str) -> dict:
 
 
 def foreign(target: Path, metadata: dict | None = None) -> Path:
-    """Write the built-in model as another program would: with a vocabulary, no tokenizer.json."""
+    """Write the model mini as another program would: with a vocabulary, no tokenizer.json."""
     convert(mini_path(), target.with_suffix(".own.gguf"))
     source = gguf.GGUFReader(target.with_suffix(".own.gguf"))
     writer = gguf.GGUFWriter(target, "gpt-oss")

@@ -39,7 +39,7 @@ def test_both_dialects_describe_the_same_model():
     assert read_config(GOLDEN / "original") == TINY
 
 
-def test_builtin_model():
+def test_mini():
     config = read_config(mini_path())
     assert (config.num_layers, config.hidden_size, config.vocab_size) == (4, 128, 1024)
     assert config.rope_scaling == YarnScaling()

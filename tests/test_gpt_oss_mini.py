@@ -1,4 +1,4 @@
-"""The built-in model reproduces what transformers computed with it in float32."""
+"""The built-in model mini reproduces what transformers computed with it in float32."""
 
 from pathlib import Path
 

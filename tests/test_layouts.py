@@ -14,7 +14,7 @@ GOLDEN = Path(__file__).parent / "golden" / "tiny-gptoss"
 TOKENS = np.arange(24).reshape(2, 12)
 
 
-@pytest.fixture(params=["golden", "written", "built-in"])
+@pytest.fixture(params=["golden", "written", "mini"])
 def layouts(request, tmp_path) -> list[Path]:
     """Hugging Face's layout, OpenAI's and GGUF; files of other programs, or written by this one."""
     if request.param == "golden":

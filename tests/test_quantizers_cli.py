@@ -27,7 +27,7 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """The first two layers of the built-in model, as they were before rounding."""
+    """The first two layers of the built-in model mini, as they were before rounding."""
     folder = tmp_path / "model"
     folder.mkdir()
     shutil.copy(MINI / "tokenizer.json", folder)

@@ -215,11 +215,13 @@ def test_dense_experts_as_hugging_face_stores_them(tmp_path: Path) -> None:
 
 
 def test_judges_know_what_was_packed() -> None:
-    judge = load_judge(None, jnp.float32, "dense")
-    assert judge.name == "the built-in model"
+    assert load_judge(None, jnp.float32, "dense").name == "the built-in model books-11m"
+    mini = Path("mini")
+    judge = load_judge(mini, jnp.float32, "dense")
+    assert judge.name == "the built-in model mini"
     assert judge.stored_packed == tuple(f"layers.{i}.mlp.{n}" for i in range(4) for n in _EXPERTS)
     assert set(judge.stored_packed) < set(weight_matrices(judge.model))
-    assert judge.encode("fire") == load_judge(None, jnp.float32, "reference").encode("fire")
+    assert judge.encode("fire") == load_judge(mini, jnp.float32, "reference").encode("fire")
 
 
 def test_config_of_the_golden_dense_model_matches() -> None:
@@ -228,8 +230,8 @@ def test_config_of_the_golden_dense_model_matches() -> None:
     assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 4
     judge = load_judge(folder, jnp.float32, "dense")
     assert judge.stored_packed == ()
-    # The built-in model is this one, its experts rounded by the rule `floor`.
-    packed = load_judge(None, jnp.float32, "dense")
+    # The built-in model mini is this one, its experts rounded by the rule `floor`.
+    packed = load_judge(Path("mini"), jnp.float32, "dense")
     name = "layers.2.mlp.down"
     rounded = mx.fake_quantize(weight_matrices(judge.model)[name], "floor")
     np.testing.assert_array_equal(weight_matrices(packed.model)[name], rounded)

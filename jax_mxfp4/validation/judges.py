@@ -8,7 +8,8 @@ from typing import Literal
 from jax.typing import DTypeLike
 
 from jax_mxfp4.checkpoints import GgufFile, is_gguf
-from jax_mxfp4.models.gpt_oss import GptOss, load_tokenizer, mini_path
+from jax_mxfp4.models.gpt_oss import GptOss, load_tokenizer
+from jax_mxfp4.models.gpt_oss.builtin import find_model
 from jax_mxfp4.models.gpt_oss.params import parameter_specs
 from jax_mxfp4.validation.gpt_oss_dense import DenseGptOss, has_dense_experts
 from jax_mxfp4.validation.models import LanguageModel
@@ -21,7 +22,8 @@ class Judge:
     """A model and what belongs to it.
 
     Attributes:
-      name: the checkpoint, for people: a folder as it was given, or the name of a file.
+      name: the checkpoint, for people: a folder as it was given, the name of a file, or the
+        built-in model that it is.
       model: the model.
       encode: text -> token ids, without special tokens.
       stored_packed: names of dense matrices that the checkpoint stores as MXFP4. Storing them as
@@ -39,7 +41,7 @@ def load_judge(path: Path | None, dtype: DTypeLike, implementation: Implementati
 
     Args:
       path: a GPT-OSS checkpoint whose experts are packed, or dense in Hugging Face's layout; a
-        GGUF file of a Llama model; None for the built-in model.
+        GGUF file of a Llama model; or the name of a built-in model. None for the default one.
       dtype: float32, bfloat16 or float16, of everything that is not packed.
       implementation: "dense" for a model without packed weights; "cuda", "reference" or None (by
         platform) for one that computes with the packed ones.
@@ -48,8 +50,9 @@ def load_judge(path: Path | None, dtype: DTypeLike, implementation: Implementati
       CheckpointError: the checkpoint or its tokenizer cannot be read.
       ValueError: it has no packed weights and `implementation` is not "dense".
     """
-    source = mini_path() if path is None else path
-    name = "the built-in model" if path is None else path.name if path.is_file() else str(path)
+    source, name = find_model(path)
+    if source.is_file():
+        name = source.name
     if (
         is_gguf(source)
         and GgufFile(source, strict=False).metadata.get("general.architecture") == "llama"

@@ -2,7 +2,7 @@
 
 The built-in excerpt, `kidnapped.txt`, is the beginning of Robert Louis Stevenson's "Kidnapped"
 (1886, in the public domain) from github.com/mlschmitt/classic-books-markdown@94488272, without
-markup and with line ends of one character. The built-in model was not trained on it.
+markup and with line ends of one character. The built-in models were not trained on it.
 """
 
 import hashlib

@@ -7,9 +7,9 @@ Their environment is not that of the tests, so that this is a program with a rec
     pip install --no-deps --ignore-requires-python gpt-oss
     python tests/interop/run.py --output tests/interop/results/DATE.json
 
-The golden checkpoint (tests/golden/tiny-gptoss) and the built-in model are converted, and their
-logits compared with those of the other implementation for a file that this package did not write,
-and with the golden ones. The exit status is 1 if one is further away than its bound.
+The golden checkpoint (tests/golden/tiny-gptoss) and the built-in model mini are converted, and
+their logits compared with those of the other implementation for a file that this package did not
+write, and with the golden ones. The exit status is 1 if one is further away than its bound.
 
 Bounds: the same program must give the same logits for the same weights, so 0 where only the
 conversion differs. Against golden float32 logits 1e-4, as in the other tests. llama.cpp multiplies
@@ -169,7 +169,7 @@ def _compare(scratch: Path) -> list[dict[str, Any]]:
 
 
 def _with_rule_of_gpt_oss(scratch: Path) -> Path:
-    """Return a copy of the built-in model whose tokenizer splits text as that of GPT-OSS does."""
+    """Return a copy of the model mini whose tokenizer splits text as that of GPT-OSS does."""
     folder = shutil.copytree(mini_path(), scratch / "released")
     metadata = GgufFile(scratch / "mini.gguf").metadata
     changed = dict(metadata) | {"tokenizer.ggml.pre": "gpt-4o"}

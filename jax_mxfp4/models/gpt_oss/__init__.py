@@ -1,13 +1,13 @@
 """GPT-OSS: load a checkpoint, compute logits, generate.
 
-model = GptOss.from_pretrained(mini_path())
-tokenizer = load_tokenizer(mini_path())
+model = GptOss.from_pretrained(builtin_path())
+tokenizer = load_tokenizer(builtin_path())
 prompt = tokenizer.encode("Once upon a time").ids
 (new,) = generate(model, prompt, max_new_tokens=40)
 print(tokenizer.decode(prompt + new))
 """
 
-from jax_mxfp4.models.gpt_oss.builtin import mini_path
+from jax_mxfp4.models.gpt_oss.builtin import builtin_path, mini_path
 from jax_mxfp4.models.gpt_oss.cache import KVCache
 from jax_mxfp4.models.gpt_oss.config import GptOssConfig, YarnScaling
 from jax_mxfp4.models.gpt_oss.config_json import read_config
@@ -23,6 +23,7 @@ __all__ = [
     "Params",
     "YarnScaling",
     "abstract_params",
+    "builtin_path",
     "generate",
     "load_params",
     "load_tokenizer",
