@@ -121,7 +121,7 @@ def gptq_layers(results: Results) -> str:
 
 
 def gptq_mini(results: Results) -> str:
-    """Increase of perplexity of the built-in model with rounded experts, on three texts."""
+    """Increase of perplexity of the model mini with rounded experts, on three texts."""
     texts = ["books_val", "wikitext2_test_detok", "wiki"]
     base = results["rows"][0]
     header = ["experts", "books", "WikiText-2, detokenized", "WikiText-2, raw"]
@@ -140,6 +140,62 @@ def gptq_model(results: Results) -> str:
         for row in results["rows"]
     ]
     return markdown(["SmolLM2-135M", "perplexity", "change"], rows)
+
+
+def training(results: Results) -> str:
+    """What `examples/train_gpt_oss.py` trained, beside the model mini."""
+    rows = [
+        [
+            *(row["model"], f"{row['bytes']:,}" if "bytes" in row else None),
+            *(f"{row['perplexity']:.3f}", f"{row['perplexity_per_character']:.4f}"),
+            f"{row['bits_per_byte']:.4f}",
+        ]
+        for row in results["rows"]
+    ]
+    columns = ["model", "bytes", "perplexity", "per character", "bits per byte"]
+    return markdown(columns, rows)
+
+
+def device_diff(results: Results) -> str:
+    """What `jax-mxfp4 eval device-diff` found, operation by operation."""
+    groups: dict[tuple[str, str, str], list[Results]] = {}
+    for row in results["rows"]:
+        case, dtype, implementation = row["case"].rsplit(", ", 2)
+        # "matmul" of all sizes, but "logits of the model mini in float32" as it is.
+        kind = re.findall(r"^\w+(?: of the .*)?", case)[0]
+        groups.setdefault((kind, dtype, implementation), []).append(row)
+    rows = []
+    for group, found in groups.items():
+        equal = f"{sum(row['identical'] for row in found)} of {len(found)}"
+        errors = [
+            f"{max(values):.2e}" if values else None
+            for side in ("left", "right")
+            for values in [[row[side] for row in found if row[side] is not None]]
+        ]
+        rows.append([*group, equal, *errors, f"{max(row['largest'] for row in found):.1e}"])
+    sides = [
+        f"error, {results[side].split(',')[0].removeprefix('NVIDIA ')}"
+        for side in ("left", "right")
+    ]
+    columns = ["result", "dtype", "by", "same bits", *sides, "largest difference"]
+    return markdown(columns, rows)
+
+
+def device_perplexity(results: Results) -> str:
+    """Perplexity of packed weights and of the same weights decoded, in a device report."""
+    found: dict[str, dict[str, float]] = {}
+    for row in results["rows"]:
+        if row["case"].startswith("perplexity of "):
+            dtype = row["case"].rsplit(" ", 1)[1]
+            found.setdefault(dtype, {})[row["implementation"]] = row["sample"][0]
+    rows = []
+    for dtype, by in found.items():
+        changes = (f"{by[name] / by['dense'] - 1:+.1e}" for name in ("reference", "cuda"))
+        rows.append(
+            [dtype, *(f"{by[name]:.4f}" for name in ("dense", "reference", "cuda")), *changes]
+        )
+    names = ["decoded", "packed, plain JAX", "packed, CUDA", "plain JAX: change", "CUDA: change"]
+    return markdown(["dtype", *names], rows)
 
 
 def mini_cache(results: Results) -> str:
@@ -221,6 +277,9 @@ TABLES: dict[str, Callable[[Results], str]] = {
         gptq_layers,
         gptq_mini,
         gptq_model,
+        training,
+        device_diff,
+        device_perplexity,
         mini_cache,
         mini_packing,
         xla_cpu,
