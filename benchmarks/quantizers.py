@@ -34,6 +34,7 @@ from jax_mxfp4.quantizers import (
     rotate,
     stochastic_quantize,
 )
+from jax_mxfp4.quantizers.gptq import damped
 from jax_mxfp4.quantizers.hadamard import rotate_both
 from jax_mxfp4.validation import Protocol, Windows, likelihood, split
 from jax_mxfp4.validation.gpt_oss_dense import DenseGptOss
@@ -46,6 +47,7 @@ GOLDEN = ROOT / "tests" / "golden" / "mini-gptoss"
 TEXTS = ("books_val", "wikitext2_test_detok", "wiki")
 RULES: tuple[Literal["floor", "even", "mse"], ...] = ("floor", "even", "mse")
 LAYERS = (0, 12, 25)  # of SmolLM2's 30
+LAYER_WINDOWS = 128  # of 512 tokens that layers are calibrated on
 
 
 def decode(w: MXFP4Array) -> jax.Array:
@@ -146,7 +148,7 @@ def layer_rows(path: Path, calibration: Path, test: Path) -> Rows:
         ids = tokenizer.encode(read_text(text).content).ids
         return calibration_windows(ids if spread else ids[: count * 512], 512, count)
 
-    known = layer_inputs(model, windows(calibration, 32, True))
+    known = layer_inputs(model, windows(calibration, LAYER_WINDOWS, True))
     unknown = layer_inputs(model, windows(test, 4, False))
     rows = []
     for (index, name), inputs in known.items():
@@ -167,9 +169,22 @@ def layer_rows(path: Path, calibration: Path, test: Path) -> Rows:
         found = {
             k: round(sqnr_db(x @ weight.T, x @ np.asarray(v).T), 2) for k, v in rounded.items()
         }
+        found["possible gain"] = round(possible_gain_db(hessian), 2)
         rows.append(found)
         yield {"layer": f"layers.{index}.{name}", **found}
     yield {"layer": "mean", **{k: round(float(np.mean([r[k] for r in rows])), 2) for k in rows[0]}}
+
+
+def possible_gain_db(hessian: np.ndarray) -> float:
+    """What compensation can gain at most where all weights of a layer are rounded as coarsely.
+
+    Independent errors of variance s cost ``s tr(H)``. Errors that later columns make up for cost
+    ``s sum(d)``, where ``H = L diag(d) L^T`` in the order of rounding (`jax_mxfp4.quantizers.gptq`
+    has d as ``1 / U[k, k]^2``). The product of d is ``det(H)`` in every order, so the sum is at
+    least ``K det(H)^(1/K)``: K times the geometric mean of the eigenvalues.
+    """
+    values = np.linalg.eigvalsh(damped(hessian, 0.01))
+    return float(10 * np.log10(np.mean(values)) - 10 * np.mean(np.log10(values)))
 
 
 def layer_inputs(model: Llama, tokens: np.ndarray) -> dict[tuple[int, str], np.ndarray]:
@@ -227,7 +242,9 @@ def main() -> None:
         rows = layer_rows(arguments.model, arguments.calibration, arguments.test)
         head["model"] = arguments.model.name
         head["unit"] = "SQNR of the outputs of one linear layer in dB, inputs of the original model"
-        head["calibration"] = f"{arguments.calibration.name}, 32 windows of 512, evenly spread"
+        head["calibration"] = (
+            f"{arguments.calibration.name}, {LAYER_WINDOWS} windows of 512, evenly spread"
+        )
         head["test"] = f"{arguments.test.name}, first 4 windows of 512 tokens"
         head["damping"] = 0.01
     kept = []

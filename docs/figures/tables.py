@@ -115,7 +115,7 @@ def eval_sensitivity(results: Results, count: int = 12) -> str:
 
 def gptq_layers(results: Results) -> str:
     """SQNR of layer outputs by plain rounding and by GPTQ, on real inputs."""
-    columns = ["floor", "mse", "gptq, floor scales", "gptq", "gptq-rotated"]
+    columns = ["floor", "mse", "gptq, floor scales", "gptq", "gptq-rotated", "possible gain"]
     rows = [[row["layer"], *(f"{row[name]:.1f}" for name in columns)] for row in results["rows"]]
     return markdown(["SQNR of outputs, dB", *columns], rows)
 
