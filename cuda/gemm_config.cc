@@ -53,14 +53,16 @@ int select_streaming(const GemmShape& shape) {
 }
 
 // A product's time in microseconds: steps of all waves of tiles, and what was measured beside them,
-// a launch, the start and end of a wave and the exchange of sums, which grows with the tile.
+// a launch, the start and end of a wave and the exchange of sums, which grows with the tile and
+// with the thread blocks that take part.
 float wgmma_us(const GemmConfig& config, const GemmShape& shape, int64_t tiles, int split) {
-  constexpr float kLaunch = 4.0f, kWave = 1.5f, kExchange = 1.0f, kExchangePerSum = 1.0f / 8192;
+  constexpr float kLaunch = 4.0f, kWave = 1.5f, kExchange = 0.35f, kExchangePerSum = 1.0f / 8192;
   const int64_t waves = ceil_div(tiles * split, shape.wgmma_multiprocessors);
   const int64_t steps = ceil_div(shape.k / 64, split);
-  const float exchange =
-      split > 1 ? kExchange + kExchangePerSum * float(config.tile_m * config.tile_n()) : 0.0f;
-  return kLaunch + float(waves) * (float(steps) * config.wgmma.step_us + kWave) + exchange;
+  const float exchange = split > 1 ? kExchange * float(split) +
+                                         kExchangePerSum * float(config.tile_m * config.tile_n())
+                                   : 0.0f;
+  return kLaunch + float(waves) * (float(steps) * config.step_us + kWave) + exchange;
 }
 
 // Clusters of `split` thread blocks that surely run at once. Pairs always fit; others lose what is
@@ -101,7 +103,8 @@ GemmChoice select_gemm(const GemmShape& shape) {
     const int streaming = select_streaming(shape);
     if (streaming >= 0) return {streaming, 1};
   }
-  if (shape.wgmma_multiprocessors > 0 && shape.m > 8 && shape.k % 64 == 0)
+  // Its tensor map of the scales has up to eight rows of weights in one of its own.
+  if (shape.wgmma_multiprocessors > 0 && shape.m > 8 && shape.k % 64 == 0 && shape.n % 8 == 0)
     return select_wgmma(shape);
   if (shape.m <= 16)
     return {0, 1};  // at most two token tiles; the second read of the weights hits L2
@@ -131,8 +134,8 @@ int select_grouped_wgmma(const MoeShape& shape, double mean) {
     for (const bool down : {false, true}) {
       const int64_t n = down ? shape.d : 2 * shape.inner, k = down ? shape.inner : shape.d;
       const double tiles = segments * double(ceil_div(n, config.tile_n()));
-      us += std::ceil(tiles / shape.wgmma_multiprocessors) *
-            (double(k) / 64 * config.wgmma.step_us + 1.5);
+      us +=
+          std::ceil(tiles / shape.wgmma_multiprocessors) * (double(k) / 64 * config.step_us + 1.5);
     }
     if (best < 0 || us < best_us) {
       best = i;

@@ -24,22 +24,15 @@ enum class GemmKind {
   kWgmma,      // gemm_wgmma.cuh: warpgroups, sm_90 only
 };
 
-struct WgmmaSchedule {
-  bool ahead;     // codes are fetched one batch ahead; pays where registers are left
-  bool turns;     // warpgroups multiply in a fixed order
-  float step_us;  // measured: one tile, 64 elements of K
-};
-
 struct GemmConfig {
   GemmKind kind;
   int tile_m;   // tokens of one tile, in units of the tensor-core instruction's 8
   int rows;     // 16-row weight tiles of one warp
   int warps_n;  // warps side by side along N
   int warps_k;  // warps that share the rows and split K; their sums are added in a fixed order
-  int chunks;   // of K that a warp takes from one stage, 128 elements each; wgmma: blocks of K
-                // that it decodes at a time
+  int chunks;   // of K that a warp takes from one stage, 128 elements each; not wgmma
   int stages;   // buffers in flight: of packed weights (streaming), of activations (others)
-  WgmmaSchedule wgmma = {};  // wgmma only
+  float step_us = 0;  // wgmma only, measured: one tile, 64 elements of K
 
   constexpr int tile_n() const { return 16 * rows * warps_n; }
   constexpr int stage_chunks() const { return warps_k * chunks; }
@@ -68,18 +61,18 @@ inline constexpr GemmConfig kGemmConfigs[] = {
     // L2 has to deliver beside the weights.
     {GemmKind::kStreaming, 16, 2, 1, 8, 2, 3},
     {GemmKind::kStreaming, 16, 4, 1, 8, 1, 3},
-    // More tokens. 192-row tiles divide 2880 and 5760, 256-row tiles suit the powers of two, and
+    // More tokens. 192-row tiles divide 2880 and 5760, and decoding is spread over more threads;
     // 128-row tiles fill the GPU where the others are too few.
-    {GemmKind::kWgmma, 32, 1, 12, 1, 2, 5, {false, true, 0.45f}},
-    {GemmKind::kWgmma, 32, 2, 8, 1, 2, 5, {true, true, 0.57f}},
-    {GemmKind::kWgmma, 64, 1, 8, 1, 2, 4, {true, true, 0.40f}},
-    {GemmKind::kWgmma, 64, 1, 12, 1, 2, 4, {false, true, 0.56f}},
-    {GemmKind::kWgmma, 96, 1, 12, 1, 2, 3, {false, true, 0.61f}},
-    {GemmKind::kWgmma, 128, 1, 8, 1, 2, 3, {true, true, 0.48f}},
-    {GemmKind::kWgmma, 128, 1, 12, 1, 2, 3, {true, false, 0.66f}},
+    {GemmKind::kWgmma, 32, 1, 12, 1, 1, 6, 0.42f},
+    {GemmKind::kWgmma, 32, 1, 8, 1, 1, 6, 0.29f},
+    {GemmKind::kWgmma, 64, 1, 12, 1, 1, 4, 0.52f},
+    {GemmKind::kWgmma, 64, 1, 8, 1, 1, 5, 0.37f},
+    {GemmKind::kWgmma, 96, 1, 12, 1, 1, 7, 0.63f},
+    {GemmKind::kWgmma, 128, 1, 12, 1, 1, 6, 0.72f},
+    {GemmKind::kWgmma, 128, 1, 8, 1, 1, 7, 0.55f},
     // Each decoded weight serves 192 or 256 tokens.
-    {GemmKind::kWgmma, 192, 1, 8, 1, 2, 5, {true, true, 0.65f}},
-    {GemmKind::kWgmma, 256, 1, 8, 1, 2, 5, {true, true, 0.76f}},
+    {GemmKind::kWgmma, 192, 1, 8, 1, 1, 5, 0.61f},
+    {GemmKind::kWgmma, 256, 1, 8, 1, 1, 4, 0.70f},
 };
 inline constexpr int kNumGemmConfigs = sizeof(kGemmConfigs) / sizeof(kGemmConfigs[0]);
 
@@ -92,7 +85,7 @@ constexpr bool is_streaming_moe(const GemmConfig& config) {
   return config.kind == GemmKind::kStreaming && config.stage_chunks() == 24;
 }
 constexpr bool is_grouped_wgmma(const GemmConfig& config) {
-  return config.kind == GemmKind::kWgmma && config.rows == 1;
+  return config.kind == GemmKind::kWgmma && (config.tile_m == 256 || config.tile_n() == 192);
 }
 inline constexpr int kStreamingMoePairs = 512;
 inline constexpr int kStreamingMoeExperts = 512;

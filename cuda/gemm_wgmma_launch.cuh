@@ -43,7 +43,7 @@ inline cudaError_t encode(CUtensorMap* map, const Matrix& matrix, int box_inner,
   const cuuint32_t steps[] = {1, 1};
   const CUresult result =
       encoder(map, matrix.type, 2, const_cast<void*>(matrix.data), sizes, pitches, box, steps,
-              CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+              CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
@@ -56,7 +56,6 @@ cudaError_t launch_config(int split, const GemmArgs& gemm, int multiprocessors,
   if (cudaError_t error = opt_in_shared_memory<kernel>(Kernel::kSharedBytes)) return error;
 
   WgmmaArgs args = {};
-  args.scales = gemm.weights.scales;
   args.bias = gemm.bias;
   args.out = gemm.out;
   args.out_type = gemm.out_type;
@@ -76,12 +75,22 @@ cudaError_t launch_config(int split, const GemmArgs& gemm, int multiprocessors,
   const Matrix x = {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, gemm.x, gemm.k, gemm.m, int64_t(gemm.k) * 2};
   const Matrix w = {CU_TENSOR_MAP_DATA_TYPE_UINT8, gemm.weights.blocks, gemm.k / 2,
                     Kernel::kGrouped ? int64_t(gemm.experts) * gemm.n : gemm.n, gemm.k / 2};
+  // A row of a tensor map is a multiple of 16 bytes, so it holds the scales of up to eight rows.
+  const int scale_bytes = gemm.k / kBlockSize;
+  args.scale_rows = 1;
+  while (args.scale_rows * scale_bytes % 16) args.scale_rows *= 2;
+  if (w.outer % args.scale_rows) return cudaErrorInvalidValue;
+  const Matrix scales = {CU_TENSOR_MAP_DATA_TYPE_UINT8, gemm.weights.scales,
+                         args.scale_rows * scale_bytes, w.outer / args.scale_rows,
+                         args.scale_rows * scale_bytes};
   const Matrix out = {CU_TENSOR_MAP_DATA_TYPE_UINT16, gemm.out, gemm.n, gemm.m,
                       int64_t(gemm.n) * 2};
   if (cudaError_t error = encode(&maps.x, x, 64, Kernel::kBoxTokens, CU_TENSOR_MAP_SWIZZLE_128B))
     return error;
-  if (cudaError_t error =
-          encode(&maps.w, w, Kernel::kWStage / 2, Kernel::kTileN, CU_TENSOR_MAP_SWIZZLE_64B))
+  if (cudaError_t error = encode(&maps.w, w, 64, Kernel::kTileN, CU_TENSOR_MAP_SWIZZLE_64B))
+    return error;
+  if (cudaError_t error = encode(&maps.scales, scales, Kernel::kScaleRowBytes,
+                                 Kernel::kTileN / args.scale_rows, CU_TENSOR_MAP_SWIZZLE_NONE))
     return error;
   if (!args.scatter)
     if (cudaError_t error = encode(&maps.out, out, 64, split > 1 ? 8 : Kernel::kStoreTokens,

@@ -73,11 +73,6 @@ __device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, u
       : "memory");
 }
 
-// Bytes from global memory to L2, for loads that could not be asked for early enough otherwise.
-__device__ __forceinline__ void bulk_prefetch(const void* global, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(global), "r"(bytes) : "memory");
-}
-
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals)
                : "memory");
@@ -183,6 +178,22 @@ __device__ __forceinline__ void store_matrix_transposed(uint32_t shared, uint32_
                : "memory");
 }
 
+// Four matrices of 8 x 8 of 16 bits: lanes 8i..8i+7 have the addresses of the rows of matrix i.
+__device__ __forceinline__ uint4 load_matrices_transposed(uint32_t shared) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(shared)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_matrices(uint32_t shared, const uint4& v) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(shared),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
@@ -250,9 +261,18 @@ __device__ __forceinline__ uint32_t load_shared4(uint32_t shared) {
   return v;
 }
 
-__device__ __forceinline__ uint64_t load_shared8(uint32_t shared) {
-  uint64_t v;
-  asm volatile("ld.shared.u64 %0, [%1];\n" : "=l"(v) : "r"(shared) : "memory");
+__device__ __forceinline__ uint32_t load_shared2(uint32_t shared) {
+  uint16_t v;
+  asm volatile("ld.shared.u16 %0, [%1];\n" : "=h"(v) : "r"(shared) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ uint2 load_shared8(uint32_t shared) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];\n"
+               : "=r"(v.x), "=r"(v.y)
+               : "r"(shared)
+               : "memory");
   return v;
 }
 

@@ -46,6 +46,12 @@ def test_wgmma_reads_64_of_k_at_a_time(select):
         assert select(m, 256, k + 32, H100, H100)["kind"] == "wgmma"
 
 
+def test_wgmma_needs_rows_in_eights(select):
+    for m in (17, 64, 300):
+        assert select(m, 252, 256, H100, H100)["kind"] == "tiled"
+        assert select(m, 248, 256, H100, H100)["kind"] == "wgmma"
+
+
 def test_clusters_that_split_k_run_at_once(select):
     for m, n, k in product((17, 33, 100, 128, 300, 1000), range(8, 9000, 184), (64, 320, 2880)):
         config = select(m, n, k, H100, H100)
