@@ -3,6 +3,10 @@
 The checkpoint is synthetic, with the real names and shapes and random content, and is removed
 afterwards. Its files are read in order, for the speed of the disk, and then loaded by a new
 process; the page cache is told to drop them before each.
+
+Memory is touched before it is loaded into. A virtual machine gets much of its memory from the host
+only when it is first used, which can be slower than any disk and says nothing about the loader; how
+fast it was is part of the result.
 """
 
 import argparse
@@ -83,6 +87,7 @@ def measure_load(layout: str, layers: int, folder: Path, samples: int, say: Say)
         "read_gbs": round(read_gbs, 3),
         "load_gbs": round(load_gbs, 3),
         "fraction": round(load_gbs / read_gbs, 3),
+        "memory_gbs": [one["memory_gbs"] for one in loads],
         "read_seconds": [round(seconds, 2) for seconds in reads],
         "load_seconds": [round(one["seconds"], 2) for one in loads],
         "host_array_bytes": peak["host_array_bytes"],
@@ -224,12 +229,14 @@ def _content(
 def _load_here(path: Path) -> dict[str, Any]:
     """Load a checkpoint and return how long it took and what the process needed for it."""
     jax.block_until_ready(jax.device_put(np.zeros(1)))  # starts the backend
+    memory_gbs = _touch_memory(sum(info.nbytes for info in open_checkpoint(path).tensors.values()))
     before = _proc_bytes("self/status", "VmRSS")
     start = time.perf_counter()
     model = jax.block_until_ready(GptOss.from_pretrained(path))
     seconds = time.perf_counter() - start
     return {
         "seconds": seconds,
+        "memory_gbs": memory_gbs,
         "rss_before_bytes": before,
         # Unlike what `getrusage` says, not that of the process that this one came from.
         "peak_rss_bytes": _proc_bytes("self/status", "VmHWM"),
@@ -239,6 +246,21 @@ def _load_here(path: Path) -> dict[str, Any]:
             if all(device.platform == "cpu" for device in leaf.devices())
         ),
     }
+
+
+def _touch_memory(nbytes: int) -> float:
+    """Have the machine find so much memory, and return how fast that was in 10^9 bytes a second.
+
+    Another process does it, which does not count as memory of this one.
+    """
+    program = (
+        "import sys, time, numpy as np; start = time.perf_counter(); "
+        "np.empty(int(sys.argv[1]), np.uint8)[::4096] = 1; print(time.perf_counter() - start)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(nbytes)], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return round(nbytes / float(done.stdout) / 1e9, 2)
 
 
 def _proc_bytes(file: str, field: str) -> int:
