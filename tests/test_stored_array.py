@@ -12,10 +12,10 @@ from jax_mxfp4.checkpoints.stored_array import StoredArray, aligned_empty
 START = 37
 
 
-def store(tmp_path, array, keep_cached=True):
+def store(tmp_path, array, keep_cached=True, start=START):
     file = tmp_path / "file"
-    file.write_bytes(b"x" * START + array.tobytes() + b"y" * 5)
-    return StoredArray(file, "w", START, array.dtype, array.shape, keep_cached)
+    file.write_bytes(b"x" * start + array.tobytes() + b"y" * 5)
+    return StoredArray(file, "w", start, array.dtype, array.shape, keep_cached)
 
 
 def random(shape, dtype=np.uint8):
@@ -134,6 +134,36 @@ def test_dropping_from_the_page_cache_changes_nothing_else(tmp_path):
     stored = store(tmp_path, array, keep_cached=False)
     np.testing.assert_array_equal(stored.read(), array, strict=True)
     np.testing.assert_array_equal(stored.read((slice(5, 7),)), array[5:7], strict=True)
+
+
+@pytest.mark.parametrize("start", [37, 64, 4096, 4096 + 192])
+@pytest.mark.parametrize("shape", [(7,), (3, 1400), (3000, 1440)])
+def test_reading_past_the_page_cache(tmp_path, monkeypatch, start, shape):
+    array, direct = random(shape), []
+    stored = store(tmp_path, array, keep_cached=False, start=start)
+    read = stored_array._read_blocks
+
+    def counted(*args):
+        direct.append(read(*args))
+        return direct[-1]
+
+    monkeypatch.setattr(stored_array, "_read_blocks", counted)
+    np.testing.assert_array_equal(stored.read(), array, strict=True)
+    if (descriptor := stored_array._open_direct(stored.file)) is None:
+        pytest.skip("this file system has no O_DIRECT")
+    os.close(descriptor)
+    if start % 64 == 0 and array.nbytes > 2 * 4096:
+        assert sum(direct) >= 0.99 * array.nbytes
+    os.truncate(stored.file, start + array.nbytes - 1)
+    with pytest.raises(CheckpointError, match="file: tensor 'w': the file ends inside its data"):
+        stored.read()
+
+
+def test_file_systems_without_direct_reads(tmp_path, monkeypatch):
+    array = random((300, 4096))
+    stored = store(tmp_path, array, keep_cached=False, start=4096)
+    monkeypatch.setattr(stored_array, "_open_direct", lambda file: None)
+    np.testing.assert_array_equal(stored.read(), array, strict=True)
 
 
 def test_which_files_the_page_cache_can_keep():

@@ -3,13 +3,20 @@
 Files are read with `preadv` and not through a memory map: the pages of a map count as memory of
 this process, and a file that becomes shorter while it is mapped ends the process with SIGBUS, where
 a read says so. As with a map, nothing is read that is not asked for.
+
+Of files that are too large to stay in the page cache, the disk writes straight to where the array
+lies (O_DIRECT), which spares the kernel a page and a copy for each page that is read. File systems
+that cannot do that, and arrays that do not lie in memory as in the file modulo a block, are read
+through the page cache as well, piece by piece.
 """
 
+import errno
 import itertools
 import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,13 +34,23 @@ _THREADS = 4
 _READ_COST = 2**16
 # XLA's CPU client takes over arrays that are aligned like this, and copies all others.
 _ALIGNMENT = 64
+# Of every disk and file system so far: what is read without the page cache begins and ends there.
+_BLOCK_BYTES = 4096
 
 
-def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Return an uninitialized array that `jax.device_put` need not copy for a CPU."""
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype, offset: int = 0) -> np.ndarray:
+    """Return an uninitialized array that `jax.device_put` need not copy for a CPU.
+
+    Args:
+      shape: of the array.
+      dtype: of its elements.
+      offset: where it begins in a file. Its address is the same modulo the size of a block, if that
+        is aligned well enough.
+    """
     nbytes = math.prod(shape) * dtype.itemsize
-    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
+    memory = np.empty(nbytes + _BLOCK_BYTES, np.uint8)
+    place = offset if offset % _ALIGNMENT == 0 else 0
+    start = (place - memory.ctypes.data) % _BLOCK_BYTES
     return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
@@ -122,28 +139,32 @@ class StoredArray:
           ValueError: `part` is no part of the array.
         """
         part = box(part, self.shape)
-        array = aligned_empty(box_shape(part), self.dtype)
+        array = aligned_empty(box_shape(part), self.dtype, self.start)
         if array.size == 0:
             return array
         try:
-            descriptor = os.open(self.file, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                self._fill(array, part, descriptor)
-            finally:
-                os.close(descriptor)
+            with ExitStack() as stack:
+                descriptors = [os.open(self.file, os.O_RDONLY | os.O_CLOEXEC)]
+                stack.callback(os.close, descriptors[0])
+                if not self.keep_cached and (direct := _open_direct(self.file)) is not None:
+                    stack.callback(os.close, direct)
+                    descriptors.append(direct)
+                    # What is left are bits of blocks: reading on behind them would be in vain.
+                    os.posix_fadvise(descriptors[0], 0, 0, os.POSIX_FADV_RANDOM)
+                self._fill(array, part, descriptors)
         except OSError as error:
             raise CheckpointError(
                 self.file, f"tensor {self.name!r}: cannot be read: {error.strerror or error}"
             ) from error
         return array
 
-    def _fill(self, array: np.ndarray, part: Part, descriptor: int) -> None:
+    def _fill(self, array: np.ndarray, part: Part, descriptors: Sequence[int]) -> None:
         def read(piece: _Piece) -> None:
             if box_shape(piece.cut) == piece.shape:
-                self._read_bytes(descriptor, piece.start, piece.target)
+                self._read_bytes(descriptors, piece.start, piece.target)
                 return
             stored = np.empty(piece.shape, self.dtype)
-            self._read_bytes(descriptor, piece.start, stored)
+            self._read_bytes(descriptors[:1], piece.start, stored)
             piece.target[...] = stored[piece.cut]
 
         if array.nbytes <= _CHUNK_BYTES:
@@ -196,8 +217,20 @@ class StoredArray:
     def _row_bytes(self, axis: int) -> int:
         return math.prod(self.shape[axis + 1 :]) * self.dtype.itemsize
 
-    def _read_bytes(self, descriptor: int, start: int, target: np.ndarray) -> None:
+    def _read_bytes(self, descriptors: Sequence[int], start: int, target: np.ndarray) -> None:
+        """Read into `target`; a second descriptor is one that reads whole blocks directly."""
+        buffered, *direct = descriptors
         buffer = target.reshape(-1).view(np.uint8).data
+        head = -start % _BLOCK_BYTES
+        stop = len(buffer) - (start + len(buffer)) % _BLOCK_BYTES
+        done = _read_blocks(direct[0], start + head, buffer[head:stop]) if direct else 0
+        if done:
+            self._read_cached(buffered, start, buffer[:head])
+            self._read_cached(buffered, start + head + done, buffer[head + done :])
+        else:
+            self._read_cached(buffered, start, buffer)
+
+    def _read_cached(self, descriptor: int, start: int, buffer: memoryview) -> None:
         done = 0
         while done < len(buffer):
             count = os.preadv(descriptor, [buffer[done:]], start + done)
@@ -206,8 +239,34 @@ class StoredArray:
                     self.file, f"tensor {self.name!r}: the file ends inside its data"
                 )
             done += count
-        if not self.keep_cached:
+        if done and not self.keep_cached:
             os.posix_fadvise(descriptor, start, done, os.POSIX_FADV_DONTNEED)
+
+
+def _open_direct(file: Path) -> int | None:
+    """Open `file` for reading past the page cache; None where its file system cannot do that."""
+    try:
+        return os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return None
+
+
+def _read_blocks(descriptor: int, start: int, buffer: memoryview) -> int:
+    """Read whole blocks directly; returns of how many bytes that was possible."""
+    done = 0
+    while done < len(buffer) and done % _BLOCK_BYTES == 0:
+        try:
+            count = os.preadv(descriptor, [buffer[done:]], start + done)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            break
+        if not count:
+            break
+        done += count
+    return done
 
 
 def _ravel(place: Sequence[int], shape: tuple[int, ...]) -> int:
