@@ -19,7 +19,10 @@ MAX_SHARD_BYTES = 5 * 10**9
 ITEM_BYTES = {name: bits // 8 for name, bits in BITS.items() if bits % 8 == 0}
 """Size of one element of each type that can be written."""
 
-_ALIGNMENT = 8
+_LENGTH_BYTES = 8
+# Of the first tensor, and so of most, whose sizes are multiples of it: readers can then let a disk
+# write to where an array stays. The format asks for 8.
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,8 @@ class SafetensorsWriter:
                 "data_offsets": (offsets[name], end),
             }
         text = json.dumps(entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % _ALIGNMENT)
-        header = len(text).to_bytes(8, "little") + text
+        text += b" " * (-(_LENGTH_BYTES + len(text)) % _ALIGNMENT)
+        header = len(text).to_bytes(_LENGTH_BYTES, "little") + text
         self._starts |= {name: len(header) + offset for name, offset in offsets.items()}
         return header
 
