@@ -276,8 +276,4 @@ __device__ __forceinline__ uint2 load_shared8(uint32_t shared) {
   return v;
 }
 
-__device__ __forceinline__ void store_shared4(uint32_t shared, uint32_t v) {
-  asm volatile("st.shared.u32 [%0], %1;\n" ::"r"(shared), "r"(v) : "memory");
-}
-
 }  // namespace jax_mxfp4::ptx
