@@ -2,14 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
 
-from jax_mxfp4.format import BLOCK_BYTES, BLOCK_SIZE
+from jax_mxfp4.format import BLOCK_BYTES, BLOCK_SIZE, BlockLayout
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -17,7 +17,7 @@ from jax_mxfp4.format import BLOCK_BYTES, BLOCK_SIZE
 class MXFP4Array:
     """An array of logical shape [..., K] packed along its last axis in blocks of 32.
 
-    The following hold (G = K / 32, q = one element's code):
+    The following hold of a canonical array (G = K / 32, q = one element's code):
 
     * blocks.shape == (..., G, 16), scales.shape == (..., G), both uint8
     * q[..., 32 * g + 2 * j]     == blocks[..., g, j] & 15
@@ -25,25 +25,34 @@ class MXFP4Array:
     * original[..., k] ≈ E2M1_VALUES[q[..., k]] * 2 ** (scales[..., k // 32] - 127)
     * scales == 255 makes its block NaN
 
-    This is the layout of the ``*_blocks`` and ``*_scales`` tensors of the GPT-OSS checkpoints.
+    This is the layout of the ``*_blocks`` and ``*_scales`` tensors of the GPT-OSS checkpoints. In a
+    prepared array the 16 bytes of each block are arranged as the CUDA kernels want them, by the
+    table in `jax_mxfp4.format`; everything else is the same. `jax_mxfp4.prepare` and
+    `jax_mxfp4.canonical` turn one into the other, and every operation takes both.
+
     The array is a pytree with the leaves ``blocks`` and ``scales``; the leaves may be JAX or NumPy
     arrays, tracers or `jax.ShapeDtypeStruct`. Transformations rebuild it with whatever leaves they
-    need, unchecked.
+    need, unchecked. The layout is part of the tree's structure. The path of a prepared array's
+    codes ends in ``prepared_blocks``, so that what stores leaves by their paths never takes one
+    layout for the other.
 
     Attributes:
       blocks: packed element codes, uint8 [..., K / 32, 16].
       scales: E8M0 scale bytes, uint8 [..., K / 32].
+      layout: "canonical" or "prepared", of the bytes in `blocks`.
 
     Raises:
       TypeError: a leaf has no shape and dtype, or its dtype is not uint8.
-      ValueError: the two shapes do not belong together.
+      ValueError: the two shapes do not belong together, or `layout` is unknown.
     """
 
     blocks: Any
     scales: Any
+    layout: BlockLayout = "canonical"
 
     def __post_init__(self) -> None:
-        """Check that the leaves are uint8 and belong together."""
+        """Check that the leaves are uint8 and belong together, and the layout."""
+        check_layout("layout", self.layout)
         for name in ("blocks", "scales"):
             leaf = getattr(self, name)
             if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
@@ -59,14 +68,15 @@ class MXFP4Array:
             )
 
     @staticmethod
-    def shape_dtype(shape: tuple[int, ...]) -> "MXFP4Array":
+    def shape_dtype(shape: tuple[int, ...], layout: BlockLayout = "canonical") -> "MXFP4Array":
         """Describe a packed array of logical `shape` [..., K] without allocating it.
 
         Returns:
           An `MXFP4Array` whose leaves are `jax.ShapeDtypeStruct`.
 
         Raises:
-          ValueError: `shape` is empty or its last dimension is not a multiple of 32.
+          ValueError: `shape` is empty, its last dimension is not a multiple of 32, or `layout` is
+            unknown.
         """
         if not shape or shape[-1] % BLOCK_SIZE:
             raise ValueError(f"shape must end in a multiple of {BLOCK_SIZE}, got {tuple(shape)}")
@@ -74,6 +84,7 @@ class MXFP4Array:
         return MXFP4Array(
             jax.ShapeDtypeStruct((*scales, BLOCK_BYTES), jnp.uint8),
             jax.ShapeDtypeStruct(scales, jnp.uint8),
+            layout,
         )
 
     @property
@@ -103,13 +114,13 @@ class MXFP4Array:
         return self.num_blocks * (BLOCK_BYTES + 1)
 
     def __getitem__(self, index: Any) -> "MXFP4Array":
-        """Index the leading axes; the packed last axis always stays whole.
+        """Index the leading axes; the packed last axis always stays whole, and its layout.
 
         Raises:
           IndexError: the index reaches the packed axis, or an int is out of range.
         """
         index = self._leading_index(index if isinstance(index, tuple) else (index,))
-        return MXFP4Array(self.blocks[index], self.scales[index])
+        return MXFP4Array(self.blocks[index], self.scales[index], self.layout)
 
     def _leading_index(self, index: tuple[Any, ...]) -> tuple[Any, ...]:
         """Expand an Ellipsis to the leading axes and check that the last axis is not indexed."""
@@ -137,27 +148,36 @@ class MXFP4Array:
 
     def __repr__(self) -> str:
         """Show the logical shape and the kind of the leaves, not the data."""
+        layout = "" if self.layout == "canonical" else f", layout={self.layout!r}"
         if not getattr(self.scales, "shape", ()):  # placeholders
-            return f"MXFP4Array(blocks={self.blocks!r}, scales={self.scales!r})"
-        return f"MXFP4Array(shape={self.shape}, leaves={type(self.blocks).__name__})"
+            return f"MXFP4Array(blocks={self.blocks!r}, scales={self.scales!r}{layout})"
+        return f"MXFP4Array(shape={self.shape}, leaves={type(self.blocks).__name__}{layout})"
 
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], tuple[Any, Any]], None]:
-        """Return the leaves with their names, as `jax.tree_util` asks."""
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], tuple[Any, Any]], BlockLayout]:
+        """Return the leaves with their names and the layout, as `jax.tree_util` asks."""
         key = jax.tree_util.GetAttrKey
-        return ((key("blocks"), self.blocks), (key("scales"), self.scales)), None
+        name = "blocks" if self.layout == "canonical" else "prepared_blocks"
+        return ((key(name), self.blocks), (key("scales"), self.scales)), self.layout
 
-    def tree_flatten(self) -> tuple[tuple[Any, Any], None]:
-        """Return the leaves, as `jax.tree_util` asks."""
-        return (self.blocks, self.scales), None
+    def tree_flatten(self) -> tuple[tuple[Any, Any], BlockLayout]:
+        """Return the leaves and the layout, as `jax.tree_util` asks."""
+        return (self.blocks, self.scales), self.layout
 
     @classmethod
-    def tree_unflatten(cls, aux_data: None, children: tuple[Any, Any]) -> "MXFP4Array":
+    def tree_unflatten(cls, aux_data: BlockLayout, children: tuple[Any, Any]) -> "MXFP4Array":
         """Rebuild the array without checks: JAX passes placeholders of every kind."""
-        del aux_data
         array = object.__new__(cls)
         object.__setattr__(array, "blocks", children[0])
         object.__setattr__(array, "scales", children[1])
+        object.__setattr__(array, "layout", aux_data)
         return array
+
+
+def check_layout(name: str, layout: object) -> None:
+    """Raise ValueError unless `layout` is that of an `MXFP4Array`."""
+    if layout not in get_args(BlockLayout):
+        expected = " or ".join(f'"{known}"' for known in get_args(BlockLayout))
+        raise ValueError(f"{name} must be {expected}, got {layout!r}")
 
 
 def _axes_consumed(item: Any) -> int:
@@ -169,10 +189,11 @@ def _axes_consumed(item: Any) -> int:
     return 1
 
 
-# Without this, `jax.export` cannot serialize programs that take or return an MXFP4Array.
+# Without this, `jax.export` cannot serialize programs that take or return an MXFP4Array. No bytes
+# mean canonical, as in programs from before there was another layout.
 jax_export.register_pytree_node_serialization(
     MXFP4Array,
     serialized_name="jax_mxfp4.MXFP4Array",
-    serialize_auxdata=lambda aux_data: b"",
-    deserialize_auxdata=lambda data: None,
+    serialize_auxdata=lambda layout: b"" if layout == "canonical" else layout.encode(),
+    deserialize_auxdata=lambda data: bytes(data).decode() or "canonical",
 )

@@ -6,10 +6,32 @@ E8M0 scale byte: ``v[i] = e2m1(code[i]) * 2 ** (scale - 127)``. Source: OCP Micr
 
 The specification leaves the physical layout open. Here, as in the GPT-OSS checkpoints, byte ``j``
 of a block holds element ``2j`` in its low nibble and element ``2j + 1`` in its high nibble, and
-the scales are an array of their own.
+the scales are an array of their own. This is the *canonical* layout, that of files and of
+everything below that does not say otherwise.
+
+In the *prepared* layout, which the CUDA kernels of `matmul` and `moe` read, the 16 bytes of each
+block are arranged in another way; scales are the same. A block is four little-endian 32-bit words
+c = 0..3 at bytes 4c, each of a low half h = 0 and a high half h = 1. Word c, half h holds the
+elements 8p + 2c + h for p = 0..3. The bits of their codes, s, e1, e0 and m from high to low, are
+these bits of the half:
+
+====  ====  ===========  ====  ====
+p     s     e1           e0    m
+====  ====  ===========  ====  ====
+0     15    8            7     6
+1     12    5            4     3
+2     9     2            1     0
+3     14    13: e1 ^ m   10    11
+====  ====  ===========  ====  ====
+
+With that a word becomes four pairs of bfloat16 values (times powers of two) in few instructions,
+``w & 0x81C081C0``, ``(w << 3) & 0x81C081C0``, ``(w << 6) & 0x81C081C0`` and
+``(((w >> 5) & 0x03600360) * 69) & 0x81C081C0``, and word c is what lane c of a group of four wants
+as its matrix operand, with the elements in their natural order along K.
 """
 
 from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -47,12 +69,15 @@ E8M0_NAN = 255
 E8M0_MAX_FINITE = 252
 """Largest byte for which all 16 codes are finite in float32 and bfloat16."""
 
+BlockLayout = Literal["canonical", "prepared"]
+"""How the codes of a block lie in its 16 bytes; see the module's docstring."""
+
 _BF16_INF = 0x7F80
 _BF16_NAN = 0x7FC0
 
 
 def unpack_codes(blocks: jax.Array) -> jax.Array:
-    """Return the element codes 0..15 of packed blocks, in element order.
+    """Return the element codes 0..15 of canonical blocks, in element order.
 
     Args:
       blocks: uint8 [..., G, 16], a JAX or NumPy array; the result is of the same kind.
@@ -65,7 +90,7 @@ def unpack_codes(blocks: jax.Array) -> jax.Array:
 
 
 def pack_codes(codes: jax.Array) -> jax.Array:
-    """Pack element codes 0..15 into blocks; the inverse of `unpack_codes`.
+    """Pack element codes 0..15 into canonical blocks; the inverse of `unpack_codes`.
 
     Args:
       codes: uint8 [..., 32 * G], a JAX or NumPy array; the result is of the same kind.
@@ -77,9 +102,73 @@ def pack_codes(codes: jax.Array) -> jax.Array:
     return pairs[..., 0] | (pairs[..., 1] << np.uint8(4))
 
 
+def prepare_blocks(blocks: Any) -> Any:
+    """Rearrange blocks from the canonical to the prepared layout.
+
+    Args:
+      blocks: uint8 [..., 16], a JAX or NumPy array; the result is of the same kind.
+
+    Returns:
+      uint8 [..., 16].
+    """
+    # Shifts and masks of words only, here and in the inverse: XLA makes one elementwise loop of it.
+    # Row p, column c: the elements 8p + 2c (low nibble) and 8p + 2c + 1 (high nibble).
+    pairs = blocks.reshape(*blocks.shape[:-1], 4, 4)
+    words: Any = np.uint32(0)
+    for p in range(4):
+        pair = pairs[..., p, :].astype(np.uint32)
+        # One code in each half of a word.
+        codes = (pair & np.uint32(0xF)) | ((pair & np.uint32(0xF0)) << np.uint32(12))
+        if p < 3:
+            placed = (codes & _halves(0b1000)) << np.uint32(12)
+            placed = (placed | ((codes & _halves(0b0111)) << np.uint32(6))) >> np.uint32(3 * p)
+        else:
+            mantissas = codes & _halves(0b0001)
+            placed = (codes & _halves(0b1100)) << np.uint32(11)
+            placed = placed ^ (mantissas << np.uint32(13)) ^ (mantissas << np.uint32(11))
+            placed = placed | ((codes & _halves(0b0010)) << np.uint32(9))
+        words = words | placed
+    parts = (words[..., None] >> np.array([0, 8, 16, 24], np.uint32)) & np.uint32(0xFF)
+    return parts.astype(np.uint8).reshape(blocks.shape)
+
+
+def canonical_blocks(blocks: Any) -> Any:
+    """Rearrange blocks from the prepared to the canonical layout; the inverse of `prepare_blocks`.
+
+    Args:
+      blocks: uint8 [..., 16], a JAX or NumPy array; the result is of the same kind.
+
+    Returns:
+      uint8 [..., 16].
+    """
+    parts = blocks.reshape(*blocks.shape[:-1], 4, 4).astype(np.uint32)
+    words: Any = np.uint32(0)
+    for byte in range(4):
+        words = words | (parts[..., byte] << np.uint32(8 * byte))
+    words = words[..., None, :]  # the new axis is p
+    # One code in each half of a word: of p = 0, 1, 2, then of p = 3.
+    shifted = words << np.array([[0], [3], [6], [0]], np.uint32)
+    first = (shifted >> np.uint32(12)) & _halves(0b1000)
+    first = first | ((shifted >> np.uint32(6)) & _halves(0b0111))
+    last = words >> np.uint32(11)
+    last = (last & _halves(0b1101)) ^ ((last & _halves(0b0001)) << np.uint32(2))
+    last = last | ((words >> np.uint32(9)) & _halves(0b0010))
+    is_first = np.array([[0xFFFFFFFF]] * 3 + [[0]], np.uint32)
+    codes = (first & is_first) | (last & ~is_first)
+    pairs = (codes | (codes >> np.uint32(12))) & np.uint32(0xFF)
+    return pairs.astype(np.uint8).reshape(blocks.shape)
+
+
+def _halves(bits: int) -> np.uint32:
+    """Return a 32-bit word with `bits` in both halves."""
+    return np.uint32(bits << 16 | bits)
+
+
 @partial(jax.jit, static_argnames="dtype", inline=True)
 def decode(blocks: jax.Array, scales: jax.Array, dtype: DTypeLike = jnp.bfloat16) -> jax.Array:
-    """Decode packed blocks; every cell is the exact value rounded once (nearest even) to `dtype`.
+    """Decode canonical blocks to `dtype`.
+
+    Every cell is the exact value rounded once, to nearest even.
 
     float32 and bfloat16 hold every finite value exactly, subnormals included; products beyond
     their range (12 cells of scale bytes 253 and 254) are Inf, as IEEE 754 rounds them. float16

@@ -4,6 +4,9 @@ These functions run on every backend, contain no platform choice and check nothi
 shapes themselves demand; `jax_mxfp4.ops` adds argument checks and the CUDA kernels. All of them
 can be traced, batched and differentiated in their floating-point arguments. What reverse mode
 keeps is the packed weight, never a decoded copy: decoding is repeated in the backward pass.
+
+Packed weights may have either layout; of a prepared one only what is about to be decoded is brought
+into the canonical order, and results are the same bits.
 """
 
 from functools import partial
@@ -22,7 +25,7 @@ _MIN_TILE_ROWS = 8
 
 
 def dequantize(w: MXFP4Array, dtype: DTypeLike = jnp.bfloat16) -> jax.Array:
-    """Decode `w` exactly; see `jax_mxfp4.format.decode`.
+    """Decode `w`, in either layout, exactly; see `jax_mxfp4.format.decode`.
 
     Args:
       w: packed array [..., K].
@@ -31,7 +34,10 @@ def dequantize(w: MXFP4Array, dtype: DTypeLike = jnp.bfloat16) -> jax.Array:
     Returns:
       `dtype` [..., K].
     """
-    return mxfp4_format.decode(w.blocks, w.scales, dtype)
+    blocks = w.blocks
+    if w.layout == "prepared":
+        blocks = mxfp4_format.canonical_blocks(blocks)
+    return mxfp4_format.decode(blocks, w.scales, dtype)
 
 
 def take(w: MXFP4Array, ids: jax.Array, dtype: DTypeLike = jnp.bfloat16) -> jax.Array:
@@ -58,7 +64,7 @@ def take(w: MXFP4Array, ids: jax.Array, dtype: DTypeLike = jnp.bfloat16) -> jax.
     index = jnp.where(valid, index, jnp.zeros_like(index)).astype(jnp.int32)
     # A NaN scale makes the row NaN whatever its codes.
     scales = jnp.where(valid[..., None], w.scales[index], np.uint8(mxfp4_format.E8M0_NAN))
-    return mxfp4_format.decode(w.blocks[index], scales, dtype)
+    return dequantize(MXFP4Array(w.blocks[index], scales, w.layout), dtype)
 
 
 def matmul(

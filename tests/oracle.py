@@ -27,6 +27,22 @@ def decode(w: mx.MXFP4Array) -> np.ndarray:
     return values.reshape(w.shape)
 
 
+def prepared_blocks(blocks: np.ndarray) -> np.ndarray:
+    """Canonical blocks uint8 [..., 16] in the prepared layout, bit by bit from its table."""
+    places = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 13, 10, 11))  # of s, e1, e0, m
+    result = np.zeros_like(blocks)
+    for index in np.ndindex(blocks.shape[:-1]):
+        for e in range(32):
+            code = int(blocks[index][e // 2]) >> 4 * (e % 2) & 15
+            s, e1, e0, m = code >> 3, code >> 2 & 1, code >> 1 & 1, code & 1
+            p, c, h = e // 8, e % 8 // 2, e % 2
+            bits = (s, e1 ^ m if p == 3 else e1, e0, m)
+            for place, bit in zip(places[p], bits, strict=True):
+                at = 16 * h + place  # in word c, whose least byte comes first
+                result[index][4 * c + at // 8] |= bit << at % 8
+    return result
+
+
 def random_weight(
     rng: np.random.Generator, *shape: int, scales: tuple[int, int] = (122, 130)
 ) -> mx.MXFP4Array:

@@ -102,4 +102,4 @@ def _read_safetensors(
         start = source.rows.start
         part = (slice(start + rows.start, start + rows.stop), *others)
     arrays = [read_part(reader, tensor.name, part) for tensor in source.tensors]
-    return MXFP4Array(*arrays) if spec.packed else arrays[0]
+    return MXFP4Array(arrays[0], arrays[1]) if spec.packed else arrays[0]

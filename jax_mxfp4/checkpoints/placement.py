@@ -206,7 +206,9 @@ def _place_shards(
             _leaf_shapes(parameters.specs[name]), zip(*leaves, strict=True), strict=True
         )
     ]
-    return MXFP4Array(*arrays) if parameters.specs[name].packed else arrays[0]
+    if parameters.specs[name].packed:
+        return MXFP4Array(arrays[0], arrays[1])
+    return arrays[0]
 
 
 def _read(

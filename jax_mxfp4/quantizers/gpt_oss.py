@@ -273,12 +273,8 @@ def _pack_stack(
         )
         wanted.append(weight.astype(np.float64))
         found.append(_decoded(packed[-1]).astype(np.float64))
-    stacked = MXFP4Array(*(jnp.stack(leaves) for leaves in zip(*map(_leaves, packed), strict=True)))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *packed)
     return stacked, output_sqnr_db(np.stack(wanted), np.stack(found), hessians)
-
-
-def _leaves(array: MXFP4Array) -> tuple[jax.Array, jax.Array]:
-    return array.blocks, array.scales
 
 
 def _decoded(array: MXFP4Array) -> np.ndarray:
