@@ -3,9 +3,10 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from jax_mxfp4.array import MXFP4Array
+from jax_mxfp4.block_layouts import canonical, prepare
 from jax_mxfp4.ffi import DISABLE_EXPORT_CHECKS, has_cuda_kernels
 from jax_mxfp4.format import BLOCK_SIZE
-from jax_mxfp4.ops import dequantize, matmul, moe, take
+from jax_mxfp4.ops import dequantize, matmul, moe, prepare_on_cuda, take
 from jax_mxfp4.quantize import fake_quantize, quantize
 
 try:
@@ -18,11 +19,14 @@ __all__ = [
     "DISABLE_EXPORT_CHECKS",
     "MXFP4Array",
     "__version__",
+    "canonical",
     "dequantize",
     "fake_quantize",
     "has_cuda_kernels",
     "matmul",
     "moe",
+    "prepare",
+    "prepare_on_cuda",
     "quantize",
     "take",
 ]

@@ -76,7 +76,7 @@ def collect() -> Report:
     backend_error = None
     try:
         devices = tuple(
-            Device(d.platform, d.device_kind, _compute_capability(d), _memory_limit(d))
+            Device(d.platform, d.device_kind, ffi.compute_capability(d), _memory_limit(d))
             for d in jax.devices()
         )
     except RuntimeError as error:  # for example JAX_PLATFORMS=cuda on a machine without a GPU
@@ -98,8 +98,7 @@ def collect() -> Report:
 
 def default_implementation() -> str:
     """Return what packed operations run on the default device: "cuda" or "reference"."""
-    usable = ffi.why_unavailable() is None and _compute_capability(jax.devices()[0]) is not None
-    return "cuda" if usable else "reference"
+    return "cuda" if ffi.runs_kernels(jax.devices()[0]) else "reference"
 
 
 def driver_version(file: Path) -> str | None:
@@ -209,12 +208,6 @@ def render(report: Report) -> str:
 def _memory_limit(device: Any) -> int | None:
     stats = device.memory_stats()
     return None if stats is None else stats.get("bytes_limit")
-
-
-def _compute_capability(device: object) -> str | None:
-    # ROCm devices have the attribute too, as in "gfx942".
-    found = getattr(device, "compute_capability", None)
-    return found if found is not None and re.fullmatch(r"\d+\.\d+", found) else None
 
 
 def _devices(report: Report) -> str:

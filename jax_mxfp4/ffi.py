@@ -24,6 +24,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jax_mxfp4.array import MXFP4Array
+from jax_mxfp4.block_layouts import prepare
 
 TARGETS = ("jax_mxfp4_dequantize", "jax_mxfp4_take", "jax_mxfp4_matmul", "jax_mxfp4_moe")
 
@@ -117,6 +118,18 @@ def why_unavailable() -> str | None:
     return _unavailable
 
 
+def compute_capability(device: Any) -> str | None:
+    """The compute capability of a CUDA device, such as "9.0"; None for other devices."""
+    # ROCm devices, whose platform is "gpu" as well, have the attribute too, as in "gfx942".
+    found = getattr(device, "compute_capability", None)
+    return found if found is not None and re.fullmatch(r"\d+\.\d+", found) else None
+
+
+def runs_kernels(device: Any) -> bool:
+    """Whether programs on `device` call the kernels, unless they are told not to."""
+    return why_unavailable() is None and compute_capability(device) is not None
+
+
 def build_info() -> dict[str, Any]:
     """Facts about the native module, for display.
 
@@ -147,21 +160,31 @@ def _bias_operand(bias: Array | None) -> Array:
     return jnp.zeros((0,), jnp.float32) if bias is None else bias
 
 
+def _is_prepared(w: MXFP4Array) -> np.bool_:
+    return np.bool_(w.layout == "prepared")
+
+
 # Each wrapper takes the shape and dtype of its result first.
 
 
 def dequantize(result: jax.ShapeDtypeStruct, w: MXFP4Array) -> Array:
-    """Decode w [..., K]."""
-    return jax.ffi.ffi_call("jax_mxfp4_dequantize", result)(w.blocks, w.scales)
+    """Decode w [..., K], in either layout."""
+    call = jax.ffi.ffi_call("jax_mxfp4_dequantize", result)
+    return call(w.blocks, w.scales, prepared=_is_prepared(w))
 
 
 def take(result: jax.ShapeDtypeStruct, w: MXFP4Array, ids: Array) -> Array:
-    """Decode the rows ids (int32 [n]) of w [V, K] to [n, K]."""
-    return jax.ffi.ffi_call("jax_mxfp4_take", result)(w.blocks, w.scales, ids)
+    """Decode the rows ids (int32 [n]) of w [V, K], in either layout, to [n, K]."""
+    call = jax.ffi.ffi_call("jax_mxfp4_take", result)
+    return call(w.blocks, w.scales, ids, prepared=_is_prepared(w))
 
 
 def matmul(result: jax.ShapeDtypeStruct, x: Array, w: MXFP4Array, bias: Array | None) -> Array:
-    """x [M, K] times the transpose of w [N, K], plus bias [N]: [M, N]."""
+    """x [M, K] times the transpose of w [N, K], plus bias [N]: [M, N].
+
+    The handler reads prepared blocks only: a canonical w is prepared before, in the same program.
+    """
+    w = prepare(w)
     call = jax.ffi.ffi_call("jax_mxfp4_matmul", result)
     return call(x, w.blocks, w.scales, _bias_operand(bias))
 
@@ -189,7 +212,12 @@ def moe(
     alpha: float,
     limit: float,
 ) -> Array:
-    """GPT-OSS expert layer on x [T, D], expert_ids int32 [T, k], expert_weights f32 [T, k]."""
+    """GPT-OSS expert layer on x [T, D], expert_ids int32 [T, k], expert_weights f32 [T, k].
+
+    The handler reads prepared blocks only: canonical weights are prepared before, in the same
+    program.
+    """
+    gate_up, down = prepare((gate_up, down))
     pairs = expert_ids.shape[0] * expert_ids.shape[1]
     num_experts, width, intermediate = down.shape
     # Handlers must not allocate (CUDA graphs), so their workspaces are results.

@@ -15,6 +15,9 @@ The argument ``implementation`` of each operation is one of
 * "reference": the definition, on every platform;
 * "cuda": the kernel. RuntimeError when this installation has none, or when the program is compiled
   for another platform; never a fallback.
+
+Packed weights may have either layout (see `MXFP4Array`), and results do not depend on it. What the
+canonical one costs on CUDA is said at `matmul` and `moe`.
 """
 
 import functools
@@ -26,11 +29,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 from jax.custom_batching import custom_vmap
+from jax.sharding import AbstractMesh
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_mxfp4 import ffi, reference
 from jax_mxfp4.array import MXFP4Array
+from jax_mxfp4.block_layouts import Tree, convert_arrays
+from jax_mxfp4.format import BlockLayout
 
 Implementation = Literal["cuda", "reference"] | None
 
@@ -111,6 +118,10 @@ def matmul(
     from run to run. The CUDA kernel splits float32 activations into three bfloat16 terms, which is
     exact but for bits below 2**-133; those are cut off.
 
+    The CUDA kernel reads the prepared layout. A canonical `w` is prepared in the program, before
+    the kernel and in every call: one more pass over the packed weight, and memory for it. Call
+    `jax_mxfp4.prepare` once, outside of the program, to avoid that. The kernel runs either way.
+
     Args:
       x: float32, bfloat16 or float16 [..., K].
       w: packed array [N, K], K > 0.
@@ -167,6 +178,11 @@ def moe(
     rounded once. An id outside 0..E-1 contributes exactly zero, which is what a shard of the
     experts needs. Source: MLPBlock and swiglu in gpt_oss/torch/model.py of openai/gpt-oss.
 
+    The CUDA kernel reads the prepared layout. Canonical experts are prepared in the program, before
+    the kernel and in every call: one more pass over all of them, also those that no token is sent
+    to, and memory for them. Call `jax_mxfp4.prepare` once, outside of the program, to avoid that.
+    The kernel runs either way.
+
     Args:
       x: float32, bfloat16 or float16 [..., T, D].
       expert_ids: integers [..., T, k].
@@ -222,6 +238,47 @@ def moe(
     experts_args = gate_up, gate_up_bias, down, down_bias
     y = op(*_vary_alike(x.reshape(tokens, width), *routing, *experts_args))
     return y.reshape(x.shape)
+
+
+def prepare_on_cuda(tree: Tree, *, donate: bool = False) -> Tree:
+    """Prepare the packed arrays that lie where programs call the CUDA kernels.
+
+    This is for code that makes weights to be computed with, such as layers and loaders. Arrays on
+    other platforms stay as they are, and everywhere where this installation has no kernels.
+    Tracers, and `jax.ShapeDtypeStruct` without devices, count as on JAX's default device, so that
+    what `jax.eval_shape` describes is what would be made. NumPy arrays and those offloaded to the
+    host's memory stay as they are.
+
+    Args:
+      tree: an `MXFP4Array`, or any pytree that has some.
+      donate: see `jax_mxfp4.prepare`.
+
+    Returns:
+      `tree`, with these arrays in the prepared layout; see `jax_mxfp4.prepare`.
+    """
+
+    def layout_of(w: MXFP4Array) -> BlockLayout:
+        return "prepared" if _runs_kernels(w.blocks) else w.layout
+
+    return convert_arrays(tree, layout_of, donate=donate)
+
+
+def _runs_kernels(leaf: Any) -> bool:
+    """Whether programs that `leaf` is an argument of call the kernels, by where it lies."""
+    if ffi.why_unavailable() is not None or isinstance(leaf, np.ndarray):
+        return False
+    sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+    if sharding is not None and not isinstance(getattr(sharding, "mesh", None), AbstractMesh):
+        return all(
+            ffi.runs_kernels(device)
+            and sharding.memory_kind in (None, device.default_memory().kind)  # not offloaded
+            for device in sharding.device_set
+        )
+    config: Any = jax.config
+    default = config.jax_default_device
+    if isinstance(default, str):
+        default = jax.devices(default)[0]
+    return ffi.runs_kernels(default or jax.devices()[0])
 
 
 # Argument checks ---------------------------------------------------------------------------------
@@ -406,7 +463,8 @@ def _dequantize_op(backend: str, dtype: np.dtype) -> Callable[[MXFP4Array], Arra
         # Blocks are independent, so a batch axis is one more leading axis.
         batched = in_batched[0]
         blocks = _batch(axis_size, batched.blocks, w.blocks)
-        return op(MXFP4Array(blocks, _batch(axis_size, batched.scales, w.scales))), True
+        scales = _batch(axis_size, batched.scales, w.scales)
+        return op(MXFP4Array(blocks, scales, w.layout)), True
 
     return jax.jit(_without_gradient(op), inline=True)
 

@@ -5,12 +5,15 @@ import json
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
 
+import jax_mxfp4 as mx
 from jax_mxfp4 import ffi
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -110,6 +113,12 @@ class GpuReport:
 def implementation(request: pytest.FixtureRequest) -> str:
     """Each implementation of the operations; the CUDA one only where it can run."""
     return request.param
+
+
+@pytest.fixture(params=["canonical", "prepared"])
+def in_layout(request: pytest.FixtureRequest) -> Callable[[Any], Any]:
+    """A function that brings packed arrays into each layout."""
+    return {"canonical": mx.canonical, "prepared": mx.prepare}[request.param]
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """What the operations become in StableHLO, checked without a GPU and without compiled kernels."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +83,7 @@ def calls_of(f, *args) -> list[CustomCall]:
 def test_dequantize_call(kernels_registered):
     [call] = calls_of(lambda w: mx.dequantize(w, jnp.float16), W)
     assert call == CustomCall(
-        "jax_mxfp4_dequantize", "", ["24x2x16xui8", "24x2xui8"], ["24x64xf16"]
+        "jax_mxfp4_dequantize", "prepared = false", ["24x2x16xui8", "24x2xui8"], ["24x64xf16"]
     )
 
 
@@ -91,7 +91,10 @@ def test_take_call(kernels_registered):
     for ids in (IDS, IDS.astype(np.uint8), IDS.astype(np.uint32), IDS[None, :, None]):
         [call] = calls_of(mx.take, W, ids)
         assert call == CustomCall(
-            "jax_mxfp4_take", "", ["24x2x16xui8", "24x2xui8", "3xi32"], ["3x64xbf16"]
+            "jax_mxfp4_take",
+            "prepared = false",
+            ["24x2x16xui8", "24x2xui8", "3xi32"],
+            ["3x64xbf16"],
         )
 
 
@@ -138,6 +141,47 @@ def test_layouts_are_row_major(kernels_registered):
     for layout in re.findall(r"dense<(.*?)>", ", ".join(layouts)):
         order = [int(axis) for axis in re.findall(r"\d+", layout)]
         assert order == sorted(order, reverse=True)
+
+
+# Layouts of packed weights -----------------------------------------------------------------------
+
+# What `format.prepare_blocks` is made of, and `canonical_blocks`.
+_BIT_OPERATIONS = ("stablehlo.shift", "stablehlo.and", "stablehlo.or", "stablehlo.xor")
+
+
+@pytest.mark.parametrize("name", ["dequantize", "take"])
+def test_row_kernels_are_told_the_layout(kernels_registered, name):
+    op, args = OPS[name]
+    of_canonical, of_prepared = exported(op, *args), exported(op, *mx.prepare(args))
+    [canonical_call], [prepared_call] = map(
+        custom_calls, (of_canonical.mlir_module(), of_prepared.mlir_module())
+    )
+    assert prepared_call == replace(canonical_call, attributes="prepared = true")
+    for module in (of_canonical, of_prepared):
+        assert not any(operation in module.mlir_module() for operation in _BIT_OPERATIONS)
+
+
+@pytest.mark.parametrize("name", ["matmul", "moe"])
+def test_product_kernels_read_prepared_weights(kernels_registered, name):
+    """The calls are the same; of canonical weights the program prepares the blocks before."""
+    op, args = OPS[name]
+    of_canonical = exported(op, *args).mlir_module()
+    of_prepared = exported(op, *mx.prepare(args)).mlir_module()
+    assert custom_calls(of_prepared) == custom_calls(of_canonical)
+    for operation in _BIT_OPERATIONS:
+        assert operation in of_canonical
+        assert operation not in of_prepared
+    assert_weights_are_not_copied(of_prepared)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_other_platforms_decode_prepared_weights(kernels_registered, name):
+    op, args = OPS[name]
+    module = exported(op, *mx.prepare(args), platforms=["cpu", "cuda", "rocm", "tpu"])
+    [call] = custom_calls(module.mlir_module())
+    assert call.target == f"jax_mxfp4_{name}"
+    expected = op(*args, implementation="reference")
+    np.testing.assert_array_equal(module.call(*mx.prepare(args)), expected)
 
 
 # Platforms ---------------------------------------------------------------------------------------
@@ -262,13 +306,14 @@ def test_vmap_is_one_call_with_one_weight(kernels_registered):
     batch = (np.stack([a] * 7) for a in (X, IDS, EXPERT_IDS))
     xs, ids, expert_ids = batch
     shares = np.stack([SHARES] * 7)
-    experts = moe_args[3:]
+    routing, experts = moe_args[1:3], mx.prepare(moe_args[3:])
+    w = mx.prepare(W)
     for f, args, shape in [
-        (jax.vmap(mx.matmul, (0, None)), (xs, W), "35x64xf32"),
-        (jax.vmap(jax.vmap(mx.matmul, (0, None)), (0, None)), (xs, W), "35x64xf32"),
+        (jax.vmap(mx.matmul, (0, None)), (xs, w), "35x64xf32"),
+        (jax.vmap(jax.vmap(mx.matmul, (0, None)), (0, None)), (xs, w), "35x64xf32"),
         (jax.vmap(mx.take, (None, 0)), (W, ids), "24x2x16xui8"),
         (jax.vmap(lambda *a: moe(*a, *experts)), (xs, expert_ids, shares), "35x64xf32"),
-        (jax.vmap(lambda x: moe(x, *moe_args[1:])), (xs,), "35x64xf32"),
+        (jax.vmap(lambda x: moe(x, *routing, *experts)), (xs,), "35x64xf32"),
     ]:
         module = exported(f, *args).mlir_module()
         [call] = custom_calls(module)

@@ -30,22 +30,22 @@ def rounded(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dequantize_every_scale_and_code(implementation, dtype):
+def test_dequantize_every_scale_and_code(implementation, in_layout, dtype):
     with np.load(GOLDEN / "mx" / "decode_table.npz") as table:
         values = table["value_f64"]
     codes = np.tile(np.arange(16, dtype=np.uint8), 2)
     blocks = np.tile(codes[0::2] | codes[1::2] << 4, (256, 1, 1))
     w = mx.MXFP4Array(blocks, np.arange(256, dtype=np.uint8)[:, None])
     np.testing.assert_array_equal(decode(w), np.tile(values, 2))  # the oracle of the other tests
-    actual = mx.dequantize(w, dtype, implementation=implementation)
+    actual = mx.dequantize(in_layout(w), dtype, implementation=implementation)
     assert_same_bits(actual, rounded(np.tile(values, 2), dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(32,), (96,), (1, 32), (7, 96), (3, 5, 160), (2, 3, 2, 64)])
-def test_dequantize_shapes(implementation, dtype, shape):
+def test_dequantize_shapes(implementation, in_layout, dtype, shape):
     w = random_weight(np.random.default_rng(0), *shape, scales=(0, 255))
-    actual = mx.dequantize(w, dtype, implementation=implementation)
+    actual = mx.dequantize(in_layout(w), dtype, implementation=implementation)
     assert_same_bits(actual, rounded(decode(w), dtype))
 
 
@@ -54,8 +54,9 @@ def test_dequantize_shapes(implementation, dtype, shape):
 @pytest.mark.parametrize("shape", [(5760, 2880), (8191, 4096), (32, 288, 2880), (1, 100_000 * 32)])
 def test_dequantize_large(dtype, shape):
     w = random_weight(np.random.default_rng(1), *shape, scales=(0, 255))
-    actual = mx.dequantize(w, dtype, implementation="cuda")
-    assert_same_bits(actual, rounded(decode(w), dtype))
+    expected = rounded(decode(w), dtype)
+    for layout in (w, mx.prepare(w)):
+        assert_same_bits(mx.dequantize(layout, dtype, implementation="cuda"), expected)
 
 
 def test_dequantize_default_dtype_is_bfloat16(implementation):
@@ -77,11 +78,11 @@ def expected_rows(w: mx.MXFP4Array, ids: np.ndarray, dtype: np.dtype) -> np.ndar
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(), (1,), (100,), (3, 1, 5)])
-def test_take_shapes(implementation, dtype, shape):
+def test_take_shapes(implementation, in_layout, dtype, shape):
     rng = np.random.default_rng(3)
     w = random_weight(rng, 50, 96, scales=(0, 255))
     ids = rng.integers(-60, 60, shape, np.int32)
-    actual = mx.take(w, ids, dtype=dtype, implementation=implementation)
+    actual = mx.take(in_layout(w), ids, dtype=dtype, implementation=implementation)
     assert_same_bits(actual, expected_rows(w, np.asarray(ids), dtype))
 
 
@@ -128,8 +129,10 @@ def test_take_large(dtype):
     rng = np.random.default_rng(7)
     w = random_weight(rng, 201_088, 2880)
     ids = np.append(rng.integers(0, 201_088, 1023, np.int32), 201_087)
-    actual = mx.take(w, ids, dtype=dtype, implementation="cuda")
-    assert_same_bits(actual, rounded(decode(w[ids]), dtype))
+    expected = rounded(decode(w[ids]), dtype)
+    for layout in (w, mx.prepare(w)):
+        actual = mx.take(layout, ids, dtype=dtype, implementation="cuda")
+        assert_same_bits(actual, expected)
 
 
 # Empty results -----------------------------------------------------------------------------------

@@ -33,7 +33,10 @@ def cases():
 
 
 def outputs(implementation, x, w, biases_and_dtypes, ms):
-    """Products of the first M rows of x for each M, as one program: one compilation is enough."""
+    """Products of the first M rows of x for each M, as one program: one compilation is enough.
+
+    Of a canonical w this includes preparing it; other tests pass a prepared one, as models do.
+    """
 
     @jax.jit
     def products(x, w, biases):
@@ -87,7 +90,9 @@ def test_accuracy(implementation, n, k, dtype):
     expected = expected_matmul(exact_x, exact_w)
     expected_biased = expected_matmul(exact_x, exact_w, bias.astype(np.float64))
     for m, (plain, biased) in zip(
-        ms, outputs(implementation, x, w, [(None, F32), (bias, dtype)], ms), strict=True
+        ms,
+        outputs(implementation, x, mx.prepare(w), [(None, F32), (bias, dtype)], ms),
+        strict=True,
     ):
         assert_close(plain, expected[:m], f"M={m}")
         assert_close(biased, expected_biased[:m], f"M={m} with bias")
@@ -111,11 +116,11 @@ def test_dtypes_of_bias_and_output(implementation, dtype):
 
 
 @pytest.mark.parametrize("leading", [(), (1,), (2, 3), (2, 1, 5)])
-def test_leading_dimensions(implementation, leading):
+def test_leading_dimensions(implementation, in_layout, leading):
     rng = np.random.default_rng(1)
     w = random_weight(rng, 24, 64, scales=(125, 128))
     x = random_integers(rng, *leading, 64, dtype=F32)
-    actual = mx.matmul(x, w, implementation=implementation)
+    actual = mx.matmul(x, in_layout(w), implementation=implementation)
     assert_equal_exactly(np.asarray(actual), x.astype(np.float64) @ decode(w).T, "")
 
 
@@ -132,7 +137,7 @@ def flushes_subnormals(implementation: str) -> bool:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m", SPECIAL_MS)
-def test_every_scale_byte(implementation, m, dtype):
+def test_every_scale_byte(implementation, in_layout, m, dtype):
     """Row s of w has scale byte s; x is such that no product leaves the range of float32."""
     rng = np.random.default_rng(2)
     codes = rng.integers(0, 16, (256, 64), np.uint8)
@@ -141,7 +146,7 @@ def test_every_scale_byte(implementation, m, dtype):
     codes[254] = rng.choice(np.flatnonzero(np.abs(E2M1) < 2), 64)
     blocks = (codes[:, 0::2] | codes[:, 1::2] << 4).reshape(256, 2, 16)
     w = mx.MXFP4Array(blocks, np.repeat(np.arange(256, dtype=np.uint8), 2).reshape(256, 2))
-    exact_w = decode(w)
+    exact_w, w = decode(w), in_layout(w)
     small, large = np.arange(256) < 127, np.arange(256) >= 127
     for rows, factor in ((small, 2.0**10), (large, 2.0**-10)):
         x = random_integers(rng, m, 64, dtype=dtype) * np.asarray(factor, dtype)
