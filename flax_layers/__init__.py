@@ -3,6 +3,7 @@
 from flax_layers.convert import quantize_model
 from flax_layers.dense import MXFP4Dense
 from flax_layers.embed import MXFP4Embed
+from flax_layers.layouts import with_layout
 from flax_layers.moe import MXFP4MoE
 from flax_layers.report import ModuleReport, QuantizationReport
 from flax_layers.variables import MXFP4Weight
@@ -15,4 +16,5 @@ __all__ = [
     "ModuleReport",
     "QuantizationReport",
     "quantize_model",
+    "with_layout",
 ]

@@ -30,8 +30,9 @@ class MXFP4Dense(nnx.Module):
 
     The constructor draws the kernel that `nnx.Linear` would draw from the same `rngs`, and packs
     it. The weight is two `MXFP4Weight` variables, `weight_blocks` uint8 [out, in/32, 16] and
-    `weight_scales` uint8 [out, in/32], read together as the property `weight`. The bias is an
-    `nnx.Param` and trains as usual; gradients also flow to the inputs.
+    `weight_scales` uint8 [out, in/32], read together as the property `weight`; on CUDA the blocks
+    are prepared (see `MXFP4Weight`). The bias is an `nnx.Param` and trains as usual; gradients also
+    flow to the inputs.
 
     Products accumulate in float32, the bias is added in float32 and the sum is rounded once.
     `dot_general` and `promote_dtype` of `nnx.Linear` have no counterpart and are not accepted.
@@ -47,7 +48,7 @@ class MXFP4Dense(nnx.Module):
       precision: accepted as in `nnx.Linear` and always met: float32 inputs are multiplied in full
         float32.
       kernel_init: initializer of the kernel [in, out]. It may also return an `MXFP4Array` of shape
-        (out, in), which is stored unchanged.
+        (out, in) in either layout, which is stored unchanged but for being prepared on CUDA.
       bias_init: initializer of the bias [out].
       preferred_element_type: dtype of the result, if not that of the computation.
       rngs: `rngs.params()` is drawn for the kernel, then for the bias.
@@ -118,7 +119,9 @@ class MXFP4Dense(nnx.Module):
         bias_metadata: Mapping[str, Any] = NO_METADATA,
         implementation: Implementation = None,
     ) -> Self:
-        """Builds the layer around packed weights, which are not copied.
+        """Builds the layer around packed weights.
+
+        Canonical weights are not copied, except on CUDA, where the layer's are prepared.
 
         Args:
           weight: packed [..., out, in]; leading axes are a stack of layers, as made by `nnx.vmap`.

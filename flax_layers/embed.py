@@ -29,8 +29,8 @@ class MXFP4Embed(nnx.Module):
     The constructor draws the table that `nnx.Embed` would draw from the same `rngs`, and packs it
     along `features`. The table is two `MXFP4Weight` variables, `embedding_blocks` uint8
     [num_embeddings, features/32, 16] and `embedding_scales` uint8 [num_embeddings, features/32],
-    read together as the property `embedding`. `promote_dtype` of `nnx.Embed` has no counterpart
-    and is not accepted.
+    read together as the property `embedding`; on CUDA the blocks are prepared (see `MXFP4Weight`).
+    `promote_dtype` of `nnx.Embed` has no counterpart and is not accepted.
 
     Args:
       num_embeddings: number of rows.
@@ -38,7 +38,8 @@ class MXFP4Embed(nnx.Module):
       dtype: of the result: float32, bfloat16 or float16; None is `param_dtype`, as in `nnx.Embed`.
       param_dtype: of the table before it is packed.
       embedding_init: initializer of the table [num_embeddings, features]. It may also return an
-        `MXFP4Array` of that shape, which is stored unchanged.
+        `MXFP4Array` of that shape in either layout, which is stored unchanged but for being
+        prepared on CUDA.
       rngs: `rngs.params()` is drawn for the table.
       embedding_metadata: metadata of the table; `out_sharding` names the axes (num_embeddings,
         features) and is translated to the packed arrays.
@@ -88,7 +89,9 @@ class MXFP4Embed(nnx.Module):
         embedding_metadata: Mapping[str, Any] = NO_METADATA,
         implementation: Implementation = None,
     ) -> Self:
-        """Builds the layer around a packed table, which is not copied.
+        """Builds the layer around a packed table.
+
+        A canonical table is not copied, except on CUDA, where the layer's is prepared.
 
         Args:
           embedding: packed [..., num_embeddings, features]; leading axes are a stack of layers.

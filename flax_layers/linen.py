@@ -5,9 +5,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from flax_layers.variables import check_block_multiple, check_float_dtype, compute_dtype
-from jax_mxfp4.array import MXFP4Array
-from jax_mxfp4.ops import Implementation, matmul
+from flax_layers.variables import (
+    check_block_multiple,
+    check_float_dtype,
+    compute_dtype,
+    from_leaves,
+    to_leaves,
+)
+from jax_mxfp4.ops import Implementation, matmul, prepare_on_cuda
 from jax_mxfp4.quantize import ScaleRule, quantize
 
 
@@ -16,7 +21,9 @@ class MXFP4Dense(nn.Module):
 
     The collection "mxfp4" holds `weight_blocks` uint8 [features, in/32, 16] and `weight_scales`
     uint8 [features, in/32]; "params" holds the bias only, so optimizers of the parameters leave
-    the weight alone. The meaning of the attributes and the arithmetic are those of the NNX layer
+    the weight alone. On CUDA `init` makes prepared blocks, uint8 [features, in/32, 4, 4]; by that
+    shape the layer knows the layout of what it is given, and `flax_layers.with_layout` converts
+    variables. The meaning of the attributes and the arithmetic are those of the NNX layer
     `flax_layers.MXFP4Dense`.
     """
 
@@ -51,8 +58,8 @@ class MXFP4Dense(nn.Module):
             shape = (in_features, self.features)
             kernel = self.kernel_init(self.make_rng("params"), shape, self.param_dtype)
             packed = quantize(kernel.T, self.scale_rule)
-            blocks, scales = packed.blocks, packed.scales
-        weight = MXFP4Array(
+            blocks, scales = to_leaves(prepare_on_cuda(packed, donate=True))
+        weight = from_leaves(
             self.variable("mxfp4", "weight_blocks", lambda: blocks).value,
             self.variable("mxfp4", "weight_scales", lambda: scales).value,
         )

@@ -36,7 +36,8 @@ class MXFP4MoE(nnx.Module):
     every dtype. Experts are `MXFP4Weight` variables: `gate_up_blocks` uint8 [E, 2I, D/32, 16] and
     `gate_up_scales` uint8 [E, 2I, D/32] (row 2i is a gate, row 2i + 1 its linear partner),
     `down_blocks` uint8 [E, D, I/32, 16] and `down_scales` uint8 [E, D, I/32]; the properties
-    `gate_up` and `down` read them. Biases are `nnx.Param`.
+    `gate_up` and `down` read them. On CUDA the blocks are prepared (see `MXFP4Weight`). Biases are
+    `nnx.Param`.
 
     Args:
       num_experts: E.
@@ -49,7 +50,8 @@ class MXFP4MoE(nnx.Module):
       param_dtype: of the router, the biases, and the experts before they are packed.
       router_init: initializer of the router kernel [D, E].
       kernel_init: initializer of the expert kernels [E, D, 2I] and [E, I, D]. It may also return
-        an `MXFP4Array` of shape (E, 2I, D) or (E, D, I), which is stored unchanged.
+        an `MXFP4Array` of shape (E, 2I, D) or (E, D, I) in either layout, which is stored unchanged
+        but for being prepared on CUDA.
       bias_init: initializer of all biases.
       alpha: slope inside the sigmoid of the activation.
       limit: clamp of the activation's inputs.
@@ -152,7 +154,9 @@ class MXFP4MoE(nnx.Module):
         limit: float = 7.0,
         implementation: Implementation = None,
     ) -> Self:
-        """Builds the layer around packed experts, which are not copied.
+        """Builds the layer around packed experts.
+
+        Canonical experts are not copied, except on CUDA, where the layer's are prepared.
 
         Args:
           router: the module that gives the logits [..., E] of inputs [..., D]; it becomes a part

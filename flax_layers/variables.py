@@ -1,5 +1,6 @@
 """The NNX variable type of packed weights, and how the layers fill and read it."""
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -12,10 +13,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jax_mxfp4.array import BLOCK_SIZE, MXFP4Array
+from jax_mxfp4.ops import prepare_on_cuda
 from jax_mxfp4.quantize import ScaleRule, quantize
 
 FLOAT_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 NO_METADATA: Mapping[str, Any] = MappingProxyType({})
+
+# The shape of a prepared block: words, and the bytes of a word.
+_WORDS = (4, 4)
 
 # NNX sets these itself for every Variable that is built.
 _OWN_METADATA = ("hijax", "ref", "eager_sharding")
@@ -29,6 +34,11 @@ class MXFP4Weight(nnx.Variable[jax.Array]):
     two variables, blocks `[..., K/32, 16]` and scales `[..., K/32]`, because each is then an
     ordinary array to checkpoints, `nnx.vmap` and sharding metadata. Under `nnx.bridge.to_linen`
     the collection is called "mxfp4".
+
+    Layers that are made on CUDA prepare their weights (`jax_mxfp4.prepare`). Blocks in the prepared
+    layout have the shape `[..., K/32, 4, 4]`, words and their bytes: the shape of the array itself
+    says what it holds, whatever model it is put into, and a checkpoint of one layout that is read
+    as the other fails for its shape. `with_layout` converts the variables of a model.
     """
 
 
@@ -44,8 +54,8 @@ def pack(
 
     Args:
       kernel: what an initializer returned: a float array, the same with metadata
-        (`nnx.with_partitioning`), its `jax.ShapeDtypeStruct`, or an `MXFP4Array`, which is stored
-        as it is.
+        (`nnx.with_partitioning`), its `jax.ShapeDtypeStruct`, or an `MXFP4Array` of any layout.
+        On CUDA the weight is prepared; elsewhere an `MXFP4Array` is stored as it is.
       metadata: of the kernel. `out_sharding` names the axes of the unpacked kernel and is
         rewritten for the packed arrays: the entry of the packed axis moves to the blocks of 32
         along it, and the 16 bytes of a block stay together.
@@ -65,14 +75,15 @@ def pack(
         return quantize(jnp.swapaxes(kernel, -1, -2) if transpose else kernel, scale_rule)
 
     if isinstance(kernel, MXFP4Array):
-        packed = kernel
+        packed = prepare_on_cuda(kernel)  # a copy: the given array is its owner's
     elif isinstance(kernel, jax.ShapeDtypeStruct):
-        packed = jax.eval_shape(convert, kernel)
+        packed = prepare_on_cuda(jax.eval_shape(convert, kernel))
     else:
-        packed = convert(kernel)
+        packed = prepare_on_cuda(convert(kernel), donate=True)
     if packed.shape[-len(shape) :] != shape:
         raise ValueError(f"the packed weight must end in shape {shape}, got {packed.shape}")
 
+    blocks, scales = to_leaves(packed)
     rest = dict(metadata)
     sharding = rest.pop("out_sharding", None)
     blocks_metadata, scales_metadata = {}, {}
@@ -81,11 +92,21 @@ def pack(
         if transpose:
             scales_axes = (*scales_axes[:-2], scales_axes[-1], scales_axes[-2])
         scales_metadata["out_sharding"] = _like(sharding, scales_axes)
-        blocks_metadata["out_sharding"] = _like(sharding, (*scales_axes, None))
+        blocks_metadata["out_sharding"] = sharding_of_blocks(
+            _like(sharding, scales_axes), blocks, scales
+        )
     return (
-        MXFP4Weight(packed.blocks, **rest, **blocks_metadata),
-        MXFP4Weight(packed.scales, **rest, **scales_metadata),
+        MXFP4Weight(blocks, **rest, **blocks_metadata),
+        MXFP4Weight(scales, **rest, **scales_metadata),
     )
+
+
+def sharding_of_blocks(sharding: Any, blocks: Any, scales: Any) -> Any:
+    """Returns the `out_sharding` of blocks from that of scales, or of blocks in another layout."""
+    leading = len(scales.shape)
+    spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
+    axes = _axes(tuple(spec)[:leading], leading)
+    return _like(sharding, (*axes, *(None,) * (len(blocks.shape) - leading)))
 
 
 def _axes(sharding: Any, ndim: int) -> tuple[Any, ...]:
@@ -118,7 +139,28 @@ def metadata_of(kernel: nnx.Variable[Any]) -> dict[str, Any]:
 
 def unpack(blocks: nnx.Variable[jax.Array], scales: nnx.Variable[jax.Array]) -> MXFP4Array:
     """Returns the weight as the operations take it; abstract variables give an abstract one."""
-    return MXFP4Array(blocks.get_value(), scales.get_value())
+    return from_leaves(blocks.get_value(), scales.get_value())
+
+
+def to_leaves(weight: MXFP4Array) -> tuple[Any, Any]:
+    """Returns blocks and scales as variables hold them; see `MXFP4Weight`."""
+    if weight.layout == "canonical":
+        return weight.blocks, weight.scales
+    return _reshaped(weight.blocks, (*weight.scales.shape, *_WORDS)), weight.scales
+
+
+def from_leaves(blocks: Any, scales: Any) -> MXFP4Array:
+    """Returns the weight that variables hold; the inverse of `to_leaves`."""
+    shape = tuple(scales.shape)
+    if tuple(blocks.shape) != (*shape, *_WORDS):
+        return MXFP4Array(blocks, scales)
+    return MXFP4Array(_reshaped(blocks, (*shape, math.prod(_WORDS))), scales, "prepared")
+
+
+def _reshaped(array: Any, shape: tuple[int, ...]) -> Any:
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(shape, array.dtype)
+    return array.reshape(shape)
 
 
 def compute_dtype(dtype: DTypeLike | None, *arrays: jax.Array | None) -> np.dtype:

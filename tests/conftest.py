@@ -128,6 +128,15 @@ def kernels_registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def like_cuda(monkeypatch: pytest.MonkeyPatch, kernels_registered: None) -> None:
+    """Make every device pass for one on which programs call the kernels.
+
+    What runs has to ask for implementation="reference": a CPU cannot run the kernels.
+    """
+    monkeypatch.setattr(ffi, "compute_capability", lambda device: "9.0")
+
+
+@pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> str:
     """Behave as an installation without kernels; returns the reason it gives."""
     reason = "the test took the kernels away"

@@ -165,12 +165,6 @@ def test_single_arrays_stay_uncommitted():
 # prepare_on_cuda ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def like_cuda(monkeypatch, kernels_registered):
-    """Every device passes for one that runs the kernels."""
-    monkeypatch.setattr(ffi, "compute_capability", lambda device: "9.0")
-
-
 def test_nothing_is_prepared_elsewhere(kernels_registered):
     if jax.default_backend() != "gpu":
         w = on_devices(W)
