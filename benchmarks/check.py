@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import jax_mxfp4 as mx
 from jax_mxfp4.format import E2M1_VALUES, E8M0_BIAS
 
 POINTS = 64  # rows and columns of a product that are compared
@@ -14,13 +15,14 @@ class WrongResult(Exception):
     """An operation that was to be timed does not compute what it should."""
 
 
-def decode(blocks: Any, scales: Any) -> np.ndarray:
-    """The exact float64 values [..., K] of blocks [..., K/32, 16] and scales [..., K/32]."""
-    codes = np.asarray(blocks)
+def decode(w: mx.MXFP4Array) -> np.ndarray:
+    """The exact float64 values of a packed array [..., K] of either layout."""
+    w = mx.canonical(jax.tree.map(np.asarray, w))
+    codes, scales = w.blocks, w.scales
     table = np.asarray(E2M1_VALUES, np.float64)
     pairs = np.stack([table[codes & 15], table[codes >> 4]], axis=-1)
     elements = pairs.reshape(*codes.shape[:-1], 32)
-    exponents = np.asarray(scales).astype(np.int64) - E8M0_BIAS
+    exponents = scales.astype(np.int64) - E8M0_BIAS
     return (elements * np.exp2(exponents)[..., None]).reshape(*codes.shape[:-2], -1)
 
 
@@ -57,6 +59,6 @@ def check_product(what: str, actual: Any, x: Any, w: np.ndarray) -> None:
         raise WrongResult(f"{what}: the error is {off / norm:.1e} of the norm of the result")
 
 
-def rows_of(array: jax.Array, rows: np.ndarray) -> np.ndarray:
-    """Some rows of a device array, without copying the others to the host."""
-    return np.asarray(array[rows] if len(rows) < len(array) else array)
+def rows_of(array: Any, rows: np.ndarray) -> Any:
+    """Some rows of an array on a device, packed or not, without copying the others to the host."""
+    return jax.tree.map(lambda a: np.asarray(a[rows] if len(rows) < len(a) else a), array)

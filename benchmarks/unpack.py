@@ -9,7 +9,7 @@ import numpy as np
 from chain import compile_chain
 from check import WrongResult, decode, rows_of, spread
 from jax import Array
-from matmul import Packed, Settings, random_packed
+from matmul import Settings, random_packed
 from roofs import Roofs
 from shapes import SHAPES, Shape, calls_of, copies_of
 from timing import measure
@@ -51,13 +51,12 @@ UNPACKINGS = (
 )
 
 
-def decode_op(x: Array, w: Packed) -> Array:
-    """`dequantize`, or `take` where there are ids."""
+def decode_op(x: Array, w: mx.MXFP4Array) -> Array:
+    """`dequantize`, or `take` where there are ids, of a prepared weight, as models have on CUDA."""
     implementation = None if jax.default_backend() == "cpu" else "cuda"
-    packed = mx.MXFP4Array(*w)
     if not x.size:
-        return mx.dequantize(packed, implementation=implementation)
-    return mx.take(packed, x, implementation=implementation)
+        return mx.dequantize(w, implementation=implementation)
+    return mx.take(w, x, implementation=implementation)
 
 
 def measure_unpackings(
@@ -105,9 +104,9 @@ def measure_unpackings(
         }
 
 
-def _check(unpacking: Unpacking, decoded: Array, ids: Array, w: Packed) -> None:
+def _check(unpacking: Unpacking, decoded: Array, ids: Array, w: mx.MXFP4Array) -> None:
     rows = spread(unpacking.rows)
     source = rows if unpacking.ids is None else np.asarray(ids)[rows]
-    exact = decode(*(np.asarray(a[source]) for a in w))
+    exact = decode(w[source])
     if not np.array_equal(rows_of(decoded, rows).astype(np.float64), exact):
         raise WrongResult(f"{unpacking.op} {unpacking.name}: decoded values are not exact")

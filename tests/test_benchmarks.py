@@ -21,6 +21,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import chain  # noqa: E402
 import check  # noqa: E402
 import matmul  # noqa: E402
+import moe  # noqa: E402
 import report  # noqa: E402
 import results  # noqa: E402
 import roofs  # noqa: E402
@@ -66,7 +67,7 @@ def test_number_of_calls():
     assert shapes.calls_of(2, 5000.0, at_least=3) == 4
 
 
-def packed_weights(copies: int) -> list[matmul.Packed]:
+def packed_weights(copies: int) -> list[matmul.mx.MXFP4Array]:
     return matmul.random_packed(SMALL, copies)
 
 
@@ -161,9 +162,16 @@ def test_timing_says_when_the_host_is_the_limit(monkeypatch):
 
 def test_decode_agrees_with_the_definition():
     w = quantize(jax.random.normal(jax.random.key(0), (8, 64)))
-    np.testing.assert_array_equal(
-        check.decode(w.blocks, w.scales), reference.dequantize(w, jnp.float32)
-    )
+    for packed in (w, matmul.mx.prepare(w)):
+        np.testing.assert_array_equal(check.decode(packed), reference.dequantize(w, jnp.float32))
+
+
+def test_measured_weights_are_prepared():
+    """Beforehand: what is timed has no step of its own for it."""
+    (w,) = packed_weights(1)
+    assert w.layout == "prepared"
+    (layer,) = moe.random_layers(moe.Layer(width=64, intermediate=32, experts=8), 1)
+    assert [leaf.layout for leaf in layer[::2]] == ["prepared"] * 2
 
 
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 1000, 201088])
@@ -211,8 +219,7 @@ def test_reports_the_fastest_variant_of_cublas():
 
 
 def test_wrong_results_are_not_timed(monkeypatch):
-    monkeypatch.setattr(matmul, "ours", lambda x, w: matmul.mx.matmul(x, matmul.mx.MXFP4Array(*w))
-                        .at[0, -1].multiply(1.5))  # fmt: skip
+    monkeypatch.setattr(matmul, "ours", lambda x, w: matmul.mx.matmul(x, w).at[0, -1].multiply(1.5))
     with pytest.raises(check.WrongResult, match="jax_mxfp4 small M=1"):
         list(matmul.measure_shape(SMALL, [1], ROOFS, SETTINGS, lambda _: None))
 
