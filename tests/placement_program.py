@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_mxfp4.array import MXFP4Array
+from jax_mxfp4.block_layouts import prepare
 from jax_mxfp4.checkpoints import (
     GptOssParameters,
     open_checkpoint,
@@ -66,6 +67,8 @@ def check_shards(path, mesh, specs):
     recorder = Recorder(GptOssParameters(open_checkpoint(path), wanted))
     sharding = partial(place, mesh, specs)
     placed = dict(place_parameters(recorder, sharding=sharding))
+    donating = partial(prepare, donate=True)
+    prepared = dict(place_parameters(recorder, sharding=sharding, prepare=donating))
     for name, expected in read_parameters(open_checkpoint(path), wanted):
         target = sharding(name, expected.shape)
         assert isinstance(placed[name], MXFP4Array) == isinstance(expected, MXFP4Array)
@@ -75,6 +78,11 @@ def check_shards(path, mesh, specs):
             assert leaf.sharding == target, name
             assert leaf.dtype == value.dtype
             np.testing.assert_array_equal(np.asarray(leaf), value, strict=True)
+        if isinstance(expected, MXFP4Array):
+            assert prepared[name].layout == "prepared"
+            assert prepared[name].blocks.sharding == target, name
+            blocks = np.asarray(prepared[name].blocks)
+            np.testing.assert_array_equal(blocks, prepare(expected).blocks)
         axes = [axis for entry in target.spec for axis in np.atleast_1d(entry) if axis]
         parts = int(np.prod([mesh.shape[axis] for axis in axes]))
         assert recorder.largest[name] * parts == expected.nbytes, name

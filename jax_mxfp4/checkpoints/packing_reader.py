@@ -18,6 +18,7 @@ from threading import Lock
 import numpy as np
 
 from jax_mxfp4.array import MXFP4Array
+from jax_mxfp4.block_layouts import canonical
 from jax_mxfp4.checkpoints.gguf_blocks import pack_mxfp4
 from jax_mxfp4.checkpoints.gpt_oss_layout import (
     Layout,
@@ -136,7 +137,7 @@ class PackingReader:
             if one.is_transposed:
                 matrix = np.ascontiguousarray(matrix.T)
             with self._packing:
-                packed = self._pack(f"{name}.{expert}", matrix)
+                packed = canonical(self._pack(f"{name}.{expert}", matrix))
             blocks[place], scales[place] = packed.blocks, packed.scales
         return MXFP4Array(blocks, scales)
 

@@ -57,6 +57,7 @@ def place_parameters(
     dtype: DTypeLike | None = None,
     sharding: Placement = None,
     progress: Progress | None = None,
+    prepare: Callable[[MXFP4Array], MXFP4Array] | None = None,
 ) -> Iterator[tuple[str, jax.Array | MXFP4Array]]:
     """Yield every parameter on its device or devices, in the order of `parameters.specs`.
 
@@ -72,6 +73,9 @@ def place_parameters(
       dtype: of the dense parameters; None for their stored ones.
       sharding: see `Placement`.
       progress: called after each parameter with (name, bytes read so far, bytes of all).
+      prepare: called with each packed parameter once it is on its way to its devices; what it
+        returns is yielded instead. `jax_mxfp4.prepare_on_cuda` with donation brings one parameter
+        after the other into the layout that the CUDA kernels read.
 
     Yields:
       (name, `jax.Array` or, if it is packed, `MXFP4Array` of such).
@@ -91,6 +95,8 @@ def place_parameters(
             array = _place_shards(parameters, name, dtype, target, shards)
         else:
             array = jax.device_put(_read(parameters, name, dtype), target)
+        if prepare is not None and isinstance(array, MXFP4Array):
+            array = prepare(array)
         under_way.add(array, parameters.stored_bytes(name))
         yield name, array
         if progress is not None:

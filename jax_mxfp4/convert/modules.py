@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jax_mxfp4.block_layouts import canonical
 from jax_mxfp4.checkpoints import (
     CheckpointError,
     Packer,
@@ -90,7 +91,7 @@ def pack_modules(
         for name, info in reader.tensors.items():
             module = name.removesuffix(_WEIGHT)
             if module in modules:
-                packed = pack(module, reader.read(name))
+                packed = canonical(pack(module, reader.read(name)))
                 codes = np.asarray(packed.blocks).reshape(info.shape[0], info.shape[1] // 2)
                 writer.write(f"{module}.{PACKED}", codes)
                 writer.write(f"{module}.{SCALE}", np.asarray(packed.scales))

@@ -17,11 +17,10 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_mxfp4.array import MXFP4Array
-from jax_mxfp4.format import decode
 from jax_mxfp4.models.gpt_oss import GptOss, GptOssConfig, Params
 from jax_mxfp4.models.gpt_oss.layers import rms_norm
 from jax_mxfp4.models.gpt_oss.params import MLP, Layer, Weight
-from jax_mxfp4.ops import Implementation
+from jax_mxfp4.ops import Implementation, prepare_on_cuda
 from jax_mxfp4.quantizers.gptq import gptq
 from jax_mxfp4.quantizers.options import (
     DEFAULT_OPTIONS,
@@ -31,6 +30,7 @@ from jax_mxfp4.quantizers.options import (
     output_sqnr_db,
 )
 from jax_mxfp4.quantizers.store import LayerStore, fingerprint
+from jax_mxfp4.reference import dequantize
 
 # Width of the empty experts that stand in where only attention and router are wanted.
 _EMPTY_WIDTH = 32
@@ -140,7 +140,10 @@ def calibrate_experts(
             weights, reports = _pack_experts(one_layer, dense, hidden, options)
             if store is not None:
                 store.save(index, weights)
-        weights = {name: jax.tree.map(jnp.asarray, weight) for name, weight in weights.items()}
+        weights = {
+            name: prepare_on_cuda(jax.tree.map(jnp.asarray, weight), donate=True)
+            for name, weight in weights.items()
+        }
         packed = Layer(dense.attention, replace(dense.mlp, **weights))
         hidden = [one_layer(packed, x)["hidden"] for x in hidden]
         for number, name in enumerate(weights, 1 + index * len(weights)):
@@ -278,4 +281,4 @@ def _pack_stack(
 
 
 def _decoded(array: MXFP4Array) -> np.ndarray:
-    return np.asarray(decode(array.blocks, array.scales, jnp.float32))
+    return np.asarray(dequantize(array, jnp.float32))

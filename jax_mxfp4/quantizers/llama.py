@@ -21,7 +21,6 @@ from jax.typing import ArrayLike
 
 from flax_layers import MXFP4Dense
 from jax_mxfp4.array import MXFP4Array
-from jax_mxfp4.format import decode
 from jax_mxfp4.models.llama import Llama
 from jax_mxfp4.models.llama.modeling import Block
 from jax_mxfp4.quantizers.gptq import gptq
@@ -35,6 +34,7 @@ from jax_mxfp4.quantizers.options import (
 )
 from jax_mxfp4.quantizers.statistics import InputStatistics
 from jax_mxfp4.quantizers.store import LayerStore, fingerprint
+from jax_mxfp4.reference import dequantize
 
 # (block, residual stream, input of the linear layers before) -> (residual stream, next input)
 Step = Callable[[Block, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -265,7 +265,7 @@ def _round(
         damping=options.damping,
         activation_order=options.activation_order,
     )
-    found = np.asarray(decode(packed.blocks, packed.scales, jnp.float32), np.float64)
+    found = np.asarray(dequantize(packed, jnp.float32), np.float64)
     return packed, output_sqnr_db(wanted, found, hessian)
 
 

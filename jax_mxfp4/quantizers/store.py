@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jax_mxfp4.array import MXFP4Array
+from jax_mxfp4.block_layouts import canonical
 
 _SETTINGS = "settings.json"
 
@@ -72,6 +73,7 @@ class LayerStore:
         """Keep the packed weights of `layer`."""
         arrays = {}
         for name, weight in weights.items():
+            weight = canonical(weight)
             arrays[f"{name}/blocks"] = np.asarray(weight.blocks)
             arrays[f"{name}/scales"] = np.asarray(weight.scales)
         temporary = self._folder / f".layer-{layer:05}.partial.npz"

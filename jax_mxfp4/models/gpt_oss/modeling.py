@@ -80,7 +80,8 @@ class GptOss:
     ) -> "GptOss":
         """Load a checkpoint in Hugging Face's or OpenAI's layout, or a GGUF file.
 
-        The experts stay packed as they are stored; everything else is converted to `dtype`.
+        The experts stay packed as they are stored, on CUDA in the layout that the kernels read
+        (`jax_mxfp4.prepare`); everything else is converted to `dtype`.
 
         Args:
           path: folder with config.json and safetensors files, or a file `*.gguf`.

@@ -11,6 +11,7 @@ from jax import lax
 from jax_mxfp4.array import MXFP4Array
 from jax_mxfp4.format import BLOCK_SIZE
 from jax_mxfp4.models.gpt_oss.params import Attention, Layer, Linear, Params, Weight
+from jax_mxfp4.ops import prepare_on_cuda
 from jax_mxfp4.quantize import quantize
 
 DensePart = Literal["attention", "embedding", "unembedding"]
@@ -28,6 +29,8 @@ def check_parts(parts: Collection[DensePart]) -> None:
 
 def pack_dense(params: Params, parts: Collection[DensePart]) -> Params:
     """Round dense matrices to MXFP4, each scale the best of three by mean squared error.
+
+    On CUDA they are prepared (`jax_mxfp4.prepare`).
 
     Matrices that are packed already stay as they are, and so do routers and biases.
 
@@ -65,7 +68,7 @@ def _pack(name: str, weight: Weight) -> MXFP4Array:
             f"pack: expected rows of a multiple of {BLOCK_SIZE} elements, {name} has "
             f"{weight.shape[-1]}"
         )
-    return _quantize_rows(weight)
+    return prepare_on_cuda(_quantize_rows(weight), donate=True)
 
 
 @jax.jit

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from jax_mxfp4.checkpoints import (
     place_parameters,
 )
 from jax_mxfp4.models.gpt_oss.config import GptOssConfig
+from jax_mxfp4.ops import prepare_on_cuda
 
 # A dense matrix [N, K], or the same packed.
 Weight = jax.Array | MXFP4Array
@@ -113,12 +115,15 @@ def parameter_specs(config: GptOssConfig) -> dict[str, ParameterSpec]:
 
 
 def abstract_params(config: GptOssConfig, dtype: DTypeLike = jnp.bfloat16) -> Params:
-    """Return `Params` of `jax.ShapeDtypeStruct`, to trace and lower without weights."""
+    """Return `Params` of `jax.ShapeDtypeStruct`, to trace and lower without weights.
+
+    Packed weights have the layout of those that `load_params` puts on JAX's default device.
+    """
 
     def describe(name: str, shape: tuple[int, ...], packed: bool) -> Any:
         del name
         if packed:
-            return MXFP4Array.shape_dtype(shape)
+            return prepare_on_cuda(MXFP4Array.shape_dtype(shape))
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
     return _build(config, describe, lambda parts: jax.eval_shape(jnp.concatenate, parts))
@@ -166,7 +171,8 @@ def load_params(
 ) -> Params:
     """Read the parameters of the checkpoint `path`, a folder or a GGUF file.
 
-    Packed experts go to their device as they are stored; everything else is converted to `dtype`.
+    Packed experts go to their device as they are stored, and on CUDA they are then prepared
+    (`jax_mxfp4.prepare`); everything else is converted to `dtype`.
     What the host's memory holds meanwhile is said at `place_parameters`. `sharding` is asked for q,
     k and v; joined, they are sharded as q is.
 
@@ -175,7 +181,8 @@ def load_params(
       TypeError, ValueError: `sharding` does not fit; see `place_parameters`.
     """
     parameters = GptOssParameters(open_checkpoint(path, strict=False), parameter_specs(config))
-    placed = place_parameters(parameters, dtype, sharding, progress)
+    prepare = partial(prepare_on_cuda, donate=True)
+    placed = place_parameters(parameters, dtype, sharding, progress, prepare)
 
     def read(name: str) -> Any:
         found, array = next(placed)

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jax_mxfp4.block_layouts import canonical
 from jax_mxfp4.models.gpt_oss.config import GptOssConfig
 from jax_mxfp4.models.gpt_oss.params import Params, abstract_params
+from jax_mxfp4.ops import prepare_on_cuda
 
 ReleasedModel = Literal["20b", "120b"]
 
@@ -48,7 +50,8 @@ def random_params(config: GptOssConfig, dtype: DTypeLike = jnp.bfloat16, seed: i
     """Make parameters on the default device, one array at a time, the largest ones first.
 
     Packed weights have random codes and scales from 2^-7 to 2^-5, other matrices, biases and sinks
-    are normal with standard deviation 0.02, norms are 1.
+    are normal with standard deviation 0.02, norms are 1. On CUDA packed weights are prepared
+    (`jax_mxfp4.prepare`), one after the other.
 
     Args:
       config: the model's hyperparameters.
@@ -56,7 +59,9 @@ def random_params(config: GptOssConfig, dtype: DTypeLike = jnp.bfloat16, seed: i
       seed: of the random numbers. The generator is the device's own (XLA's RngBitGenerator), so
         that other kinds of devices give other numbers.
     """
-    described, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, dtype))
+    described, tree = jax.tree_util.tree_flatten_with_path(
+        canonical(abstract_params(config, dtype))
+    )
     # While the last and smallest arrays are made, hardly any memory beyond their own is needed.
     order = sorted(range(len(described)), key=lambda i: -_nbytes(described[i][1]))
     leaves: list[Any] = [None] * len(described)
@@ -66,7 +71,7 @@ def random_params(config: GptOssConfig, dtype: DTypeLike = jnp.bfloat16, seed: i
         leaves[index] = jax.block_until_ready(
             _random_leaf(np.uint32(seed), np.uint32(index), _kind(path), leaf.shape, leaf.dtype)
         )
-    return jax.tree.unflatten(tree, leaves)
+    return prepare_on_cuda(jax.tree.unflatten(tree, leaves), donate=True)
 
 
 def _nbytes(leaf: jax.ShapeDtypeStruct) -> int:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jax_mxfp4.array import MXFP4Array
+from jax_mxfp4.block_layouts import canonical
 from jax_mxfp4.checkpoints.atomic import atomic_output
 from jax_mxfp4.checkpoints.gpt_oss_layout import plan
 from jax_mxfp4.checkpoints.safetensors_writer import NewTensor, SafetensorsWriter
@@ -27,7 +28,8 @@ def save_params(
 ) -> None:
     """Write `params` to the folder `path` in Hugging Face's layout, bit for bit.
 
-    What `load_params` reads from it is equal to `params`. The folder appears when it is complete.
+    What `load_params` reads from it is equal to `params`; files are canonical, whatever the layout
+    of packed arrays. The folder appears when it is complete.
 
     Args:
       path: what to create; it must not exist.
@@ -43,7 +45,7 @@ def save_params(
     specs, leaves = parameter_specs(config), named_parameters(params, config)
     arrays: dict[str, np.ndarray] = {}
     for name, source in plan("huggingface", specs).items():
-        leaf = leaves[name]
+        leaf = canonical(leaves[name])
         parts = (leaf.blocks, leaf.scales) if isinstance(leaf, MXFP4Array) else (leaf,)
         for tensor, part in zip(source.tensors, parts, strict=True):
             if part.dtype.name not in _STORED:

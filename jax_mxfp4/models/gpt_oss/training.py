@@ -28,6 +28,7 @@ from jax_mxfp4.models.gpt_oss.layers import (
     rotations,
 )
 from jax_mxfp4.models.gpt_oss.params import MLP, Attention, Params, abstract_params
+from jax_mxfp4.ops import prepare_on_cuda
 from jax_mxfp4.quantize import ScaleRule, fake_quantize, quantize
 
 # Of the initial matrices, as in GPT-2 and in transformers.
@@ -120,11 +121,15 @@ class TrainableGptOss:
         return logits, balance / np.float32(config.num_layers)
 
     def packed(self) -> Params:
-        """Return the parameters of the `GptOss` that this is: packed experts, the rest bfloat16."""
+        """Return the parameters of the `GptOss` that this is: packed experts, the rest bfloat16.
+
+        On CUDA the experts are prepared, as those of a model that is loaded.
+        """
         stored = _store(self.params, partial(quantize, scale_rule=self.scale_rule))
-        return jax.tree.map(
+        narrow = jax.tree.map(
             lambda leaf: leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf, stored
         )
+        return prepare_on_cuda(narrow, donate=True)
 
 
 def _is_packed(leaf: Any) -> bool:
