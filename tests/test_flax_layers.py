@@ -71,7 +71,7 @@ class MLP(nnx.Module):
 # Dense -------------------------------------------------------------------------------------------
 
 
-def test_dense_packs_the_kernel_that_linear_draws():
+def test_dense_packs_the_kernel_that_linear_draws(no_kernels):
     options = {"bias_init": nnx.initializers.normal(1.0)}
     linear = nnx.Linear(64, 48, rngs=nnx.Rngs(3), **options)
     layer = MXFP4Dense(64, 48, rngs=nnx.Rngs(3), scale_rule="mse", **options)
@@ -155,7 +155,7 @@ def test_dense_rejects_arguments_without_meaning():
         dense()(jnp.ones((2, 32)))
 
 
-def test_from_packed_keeps_the_arrays():
+def test_from_packed_keeps_the_arrays(no_kernels):
     weight, bias = mx.quantize(normal(0, (48, 64))), normal(1, (48,), jnp.bfloat16)
     layer = MXFP4Dense.from_packed(weight, bias, dtype=jnp.bfloat16)
     assert layer.weight_blocks[...] is weight.blocks
@@ -198,7 +198,7 @@ def test_embed_out_of_range_ids_are_nan(implementation):
     assert not nan[2].any()
 
 
-def test_embed_packs_the_table_that_embed_draws():
+def test_embed_packs_the_table_that_embed_draws(no_kernels):
     embed = nnx.Embed(50, 64, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(3))
     layer = MXFP4Embed(50, 64, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(3))
     assert_trees_equal(layer.embedding, mx.quantize(embed.embedding[...]))
@@ -488,6 +488,8 @@ def test_linen_bridge_names_the_collection():
 
 
 # Sharding metadata -------------------------------------------------------------------------------
+#
+# Of canonical weights, and therefore without kernels; of prepared ones see test_flax_layouts.py.
 
 
 @pytest.fixture
@@ -501,7 +503,7 @@ def active_mesh(mesh):
         yield mesh
 
 
-def test_kernel_sharding_is_translated(active_mesh):
+def test_kernel_sharding_is_translated(active_mesh, no_kernels):
     kernel_init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("data", "model"))
     by_initializer = dense(kernel_init=kernel_init)
     by_metadata = dense(kernel_metadata={"out_sharding": ("data", "model")})
@@ -511,7 +513,7 @@ def test_kernel_sharding_is_translated(active_mesh):
         assert specs["weight_scales"].get_value() == PartitionSpec("model", "data")
 
 
-def test_kernel_sharding_keeps_its_kind(mesh):
+def test_kernel_sharding_keeps_its_kind(mesh, no_kernels):
     named = NamedSharding(mesh, PartitionSpec(None, "model"))
     layer = dense(kernel_metadata={"out_sharding": named})
     blocks = NamedSharding(mesh, PartitionSpec("model", None, None))
@@ -521,7 +523,7 @@ def test_kernel_sharding_keeps_its_kind(mesh):
     assert layer.weight_scales.get_metadata("out_sharding") == PartitionSpec(None, "data")
 
 
-def test_vmap_adds_its_axis_to_the_sharding(active_mesh):
+def test_vmap_adds_its_axis_to_the_sharding(active_mesh, no_kernels):
     @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
     def create(rngs):
         return MXFP4Dense(
@@ -533,7 +535,7 @@ def test_vmap_adds_its_axis_to_the_sharding(active_mesh):
     assert layer.weight_scales.get_metadata("out_sharding") == (None, "model", None)
 
 
-def test_embedding_sharding_is_extended(active_mesh):
+def test_embedding_sharding_is_extended(active_mesh, no_kernels):
     metadata = {"out_sharding": ("model", "data")}
     layer = MXFP4Embed(50, 64, rngs=nnx.Rngs(0), embedding_metadata=metadata)
     assert layer.embedding_blocks.get_metadata("out_sharding") == ("model", "data", None)

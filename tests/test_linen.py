@@ -9,6 +9,7 @@ from flax import serialization
 
 import jax_mxfp4 as mx
 from flax_layers import MXFP4Dense as NNXDense
+from flax_layers import with_layout
 from flax_layers.linen import MXFP4Dense
 
 
@@ -16,7 +17,7 @@ def initialized(layer, in_features=64):
     return layer.init(jax.random.key(0), jnp.ones((1, in_features)))
 
 
-def test_packed_weights_have_their_own_collection():
+def test_packed_weights_have_their_own_collection(no_kernels):
     variables = initialized(MXFP4Dense(48, bias_init=nn.initializers.ones))
     assert {name: set(collection) for name, collection in variables.items()} == {
         "params": {"bias"},
@@ -27,7 +28,7 @@ def test_packed_weights_have_their_own_collection():
     assert "params" not in initialized(MXFP4Dense(48, use_bias=False))
 
 
-def test_the_kernel_is_packed_along_its_inputs():
+def test_the_kernel_is_packed_along_its_inputs(no_kernels):
     def kernel_init(key, shape, dtype):
         return jnp.linspace(-1, 1, shape[0] * shape[1], dtype=dtype).reshape(shape)
 
@@ -45,7 +46,9 @@ def test_result_is_that_of_the_nnx_layer(dtype, implementation):
     )
     variables = initialized(layer)
     x = jax.random.normal(jax.random.key(1), (2, 3, 64))
-    weight, bias = mx.MXFP4Array(*variables["mxfp4"].values()), variables["params"]["bias"]
+    packed = with_layout(variables["mxfp4"], "canonical")
+    weight = mx.MXFP4Array(packed["weight_blocks"], packed["weight_scales"])
+    bias = variables["params"]["bias"]
     nnx_layer = NNXDense.from_packed(weight, bias, dtype=dtype, implementation=implementation)
     y = layer.apply(variables, x)
     assert y.dtype == dtype
@@ -78,7 +81,7 @@ def test_variables_survive_serialization():
     np.testing.assert_array_equal(layer.apply(restored, x), layer.apply(variables, x))
 
 
-def test_abstract_initialization():
+def test_abstract_initialization(no_kernels):
     variables = jax.eval_shape(MXFP4Dense(48).init, jax.random.key(0), jnp.ones((1, 64)))
     assert variables["mxfp4"]["weight_blocks"].shape == (48, 2, 16)
 
