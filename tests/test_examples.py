@@ -65,13 +65,13 @@ def test_training_example(tmp_path: Path) -> None:
 
 
 def test_readme_layers(tmp_path: Path) -> None:
-    layers, _ = python_blocks()
+    layers, *_ = python_blocks()
     output = run(f"{layers}\nprint(y.shape, type(packed.layers[0]).__name__)", tmp_path)
     assert output.endswith("(8, 256) MXFP4Dense\n")
 
 
 def test_readme_operations(tmp_path: Path) -> None:
-    _, operations = python_blocks()
+    _, operations, layouts = python_blocks()
     inputs = """
 import jax, jax.numpy as jnp
 import jax_mxfp4
@@ -82,8 +82,10 @@ expert_ids, expert_weights = jnp.zeros((5, 2), jnp.int32), jnp.ones((5, 2))
 gate_up, gate_up_bias = jax_mxfp4.quantize(draw(3, 64, 64)), draw(3, 64)
 down, down_bias = jax_mxfp4.quantize(draw(3, 64, 32)), draw(3, 64)
 """
-    output = run(f"{inputs}\n{operations}\nprint(*(a.shape for a in (x, y, e, h)))", tmp_path)
-    assert output == "(48, 64) (5, 48) (7, 64) (5, 64)\n"
+    shown = "print(*(a.shape for a in (x, y, e, h)))"
+    same = "print((y == mx.matmul(activations, w)).all())"
+    output = run("\n".join((inputs, operations, shown, layouts, same)), tmp_path)
+    assert output == "(48, 64) (5, 48) (7, 64) (5, 64)\nTrue\n"
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
