@@ -124,7 +124,7 @@ class Checker {
 
 // blocks u8 [..., G, 16], scales u8 [..., G] -> out f32/f16/bf16 [..., 32 G]
 ffi::Error dequantize_impl(cudaStream_t stream, AnyBuffer blocks, AnyBuffer scales,
-                           ffi::Result<AnyBuffer> out) {
+                           ffi::Result<AnyBuffer> out, bool prepared) {
   Checker check;
   PackedWeights weights = check.packed("", blocks, scales);
   DType out_type = check.floating("out", *out);
@@ -137,13 +137,13 @@ ffi::Error dequantize_impl(cudaStream_t stream, AnyBuffer blocks, AnyBuffer scal
   const int64_t groups = dims[dims.size() - 1];
   if (out->element_count() == 0) return ffi::Error::Success();
   return from_cuda(dequantize(weights, scales.element_count() / groups, 32 * groups,
-                              out->untyped_data(), out_type, stream),
+                              out->untyped_data(), out_type, prepared, stream),
                    "dequantize");
 }
 
 // blocks u8 [V, G, 16], scales u8 [V, G], ids s32 [n] -> out f32/f16/bf16 [n, 32 G]
 ffi::Error take_impl(cudaStream_t stream, AnyBuffer blocks, AnyBuffer scales, AnyBuffer ids,
-                     ffi::Result<AnyBuffer> out) {
+                     ffi::Result<AnyBuffer> out, bool prepared) {
   Checker check;
   PackedWeights weights = check.packed("", blocks, scales);
   check.rank("scales", scales, 2);
@@ -158,7 +158,7 @@ ffi::Error take_impl(cudaStream_t stream, AnyBuffer blocks, AnyBuffer scales, An
   if (!check.ok()) return check.error();
   if (count * k == 0) return ffi::Error::Success();
   return from_cuda(take(weights, ids.typed_data<int32_t>(), count, vocab, k, out->untyped_data(),
-                        out_type, stream),
+                        out_type, prepared, stream),
                    "take");
 }
 
@@ -257,18 +257,20 @@ using Stream = ffi::PlatformStream<cudaStream_t>;
 XLA_FFI_DEFINE_HANDLER(kDequantize, dequantize_impl,
                        ffi::Ffi::Bind()
                            .Ctx<Stream>()
-                           .Arg<AnyBuffer>()   // blocks
-                           .Arg<AnyBuffer>()   // scales
-                           .Ret<AnyBuffer>(),  // out
+                           .Arg<AnyBuffer>()  // blocks
+                           .Arg<AnyBuffer>()  // scales
+                           .Ret<AnyBuffer>()  // out
+                           .Attr<bool>("prepared"),
                        {ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER(kTake, take_impl,
                        ffi::Ffi::Bind()
                            .Ctx<Stream>()
-                           .Arg<AnyBuffer>()   // blocks
-                           .Arg<AnyBuffer>()   // scales
-                           .Arg<AnyBuffer>()   // ids
-                           .Ret<AnyBuffer>(),  // out
+                           .Arg<AnyBuffer>()  // blocks
+                           .Arg<AnyBuffer>()  // scales
+                           .Arg<AnyBuffer>()  // ids
+                           .Ret<AnyBuffer>()  // out
+                           .Attr<bool>("prepared"),
                        {ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER(kMatmul, matmul_impl,

@@ -1,8 +1,9 @@
 // Launchers: raw pointers and sizes in, cudaError_t out. Nothing here allocates, synchronizes or
 // reads device data on the host, so every call can be captured into a CUDA graph.
 //
-// Packed weights are canonical: blocks [.., K/32, 16] and scales [.., K/32], rows contiguous,
-// pointers aligned to 16 bytes. K is a positive multiple of 32.
+// Packed weights: blocks [.., K/32, 16] and scales [.., K/32], rows contiguous, pointers aligned to
+// 16 bytes. K is a positive multiple of 32. Codes lie in their blocks in canonical order, or where
+// a call has `prepared` and it is true, in prepared order (dequantize.cu draws it).
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -26,12 +27,12 @@ struct Bias {
 
 // out[r, :] = weights[r, :] for all rows * K elements.
 cudaError_t dequantize(PackedWeights weights, int64_t rows, int64_t k, void* out, DType out_type,
-                       cudaStream_t stream);
+                       bool prepared, cudaStream_t stream);
 
 // out[i, :] = weights[ids[i], :]; ids in [-vocab, -1] count from the end, others outside
 // [0, vocab) give NaN.
 cudaError_t take(PackedWeights weights, const int32_t* ids, int64_t count, int64_t vocab, int64_t k,
-                 void* out, DType out_type, cudaStream_t stream);
+                 void* out, DType out_type, bool prepared, cudaStream_t stream);
 
 struct MatmulArgs {
   const void* x;  // [m, k]

@@ -141,21 +141,24 @@ int run_moe(DType type, int tokens, int experts, int d, int inner) {
 int main() {
   const DType types[] = {DType::kBF16, DType::kF16, DType::kF32};
   int calls = 0;
-  {
-    Packed w(33, 96);
-    Buffer<float> out(33 * 96);
-    check(dequantize(w.view(), 33, 96, out.data, DType::kF32, 0), "dequantize");
-    expect_written(out, "dequantize");
-    Buffer<int32_t> ids(std::vector<int32_t>{0, 32, -1, -33, 7});
-    Buffer<float> rows(5 * 96);
-    check(take(w.view(), ids.data, 5, 33, 96, rows.data, DType::kF32, 0), "take");
-    expect_written(rows, "take");
-    Buffer<int32_t> bad(std::vector<int32_t>{33, -34, 1 << 30});
-    Buffer<uint16_t> nans(3 * 96);
-    check(take(w.view(), bad.data, 3, 33, 96, nans.data, DType::kBF16, 0), "take");
-    check(cudaDeviceSynchronize(), "take");
-    calls += 3;
-  }
+  // Rows of 32, 33 blocks and more than one pass of a thread block; a tensor that ends within one.
+  for (bool prepared : {false, true})
+    for (int k : {32, 96, 1056, 8224}) {
+      Packed w(33, k);
+      Buffer<float> out(33 * k);
+      check(dequantize(w.view(), 33, k, out.data, DType::kF32, prepared, 0), "dequantize");
+      expect_written(out, "dequantize");
+      Buffer<int32_t> ids(std::vector<int32_t>{0, 32, -1, -33, 7});
+      Buffer<float> rows(5 * k);
+      check(take(w.view(), ids.data, 5, 33, k, rows.data, DType::kF32, prepared, 0), "take");
+      expect_written(rows, "take");
+      Buffer<int32_t> bad(std::vector<int32_t>{33, -34, 1 << 30});
+      Buffer<uint16_t> nans(3 * k);
+      check(take(w.view(), bad.data, 3, 33, k, nans.data, DType::kBF16, prepared, 0), "take");
+      check(take(w.view(), bad.data, 0, 33, k, nullptr, DType::kBF16, prepared, 0), "take");
+      check(cudaDeviceSynchronize(), "take");
+      calls += 4;
+    }
   for (DType type : types)
     for (int k : {32, 96, 288, 1184})
       for (int n : {1, 8, 100, 130, 160})
