@@ -269,11 +269,8 @@ def _runs_kernels(leaf: Any) -> bool:
         return False
     sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
     if sharding is not None and not isinstance(getattr(sharding, "mesh", None), AbstractMesh):
-        return all(
-            ffi.runs_kernels(device)
-            and sharding.memory_kind in (None, device.default_memory().kind)  # not offloaded
-            for device in sharding.device_set
-        )
+        offloaded = sharding.memory_kind not in (None, "device")
+        return not offloaded and all(map(ffi.runs_kernels, sharding.device_set))
     config: Any = jax.config
     default = config.jax_default_device
     if isinstance(default, str):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax import export
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from oracle import DTYPES, prepared_blocks, random_floats, random_integers, random_weight
 
 import jax_mxfp4 as mx
@@ -196,6 +196,12 @@ def test_tracers_count_as_on_the_default_device(monkeypatch, like_cuda, default)
         assert jax.eval_shape(lambda w: mx.prepare_on_cuda(w), W).layout == "prepared"
         monkeypatch.setattr(ffi, "compute_capability", lambda device: None)
         assert jax.eval_shape(lambda w: mx.prepare_on_cuda(w), W).layout == "canonical"
+
+
+def test_offloaded_arrays_stay_as_they_are(like_cuda):
+    device = jax.devices()[0]
+    w = jax.device_put(W, SingleDeviceSharding(device, memory_kind="pinned_host"))
+    assert mx.prepare_on_cuda(w) is w
 
 
 def test_a_sharding_without_devices_says_nothing(like_cuda):
