@@ -1,9 +1,9 @@
 // What the GEMM kernels share: arguments, the order in which operands meet, scalar conversions.
 //
 // The weights are the 16-row operand A of mma.m16n8k16 and the tokens its 8 columns (B), so one
-// token wastes nothing but columns. A product may permute K if both operands do it alike; that lets
-// the canonical bytes be used as they lie. Lane (g, t) = (lane / 4, lane % 4) owns rows g and g + 8
-// and, of every chunk of 128 elements of K, the 32 of block t: 16 bytes and one scale for each row.
+// token wastes nothing but columns. A product may permute K if both operands do it alike: lane
+// (g, t) = (lane / 4, lane % 4) owns rows g and g + 8 and, of every chunk of 128 elements of K, the
+// 32 of block t: 16 bytes of prepared codes (see mxfp4.cuh) and one scale for each row.
 //
 // clang-format off
 //        K ->   block 0      block 1      block 2      block 3      (one chunk: 4 x 32 elements)
@@ -11,9 +11,9 @@
 //   row g+8 [   lane t=0 |   lane t=1 |   lane t=2 |   lane t=3 ]   registers
 // clang-format on
 //
-// Word i (elements 8i..8i+7) of a block feeds two k16 steps; step s takes from each lane the
-// elements {8i+2s, 8i+4+2s, 8i+1+2s, 8i+5+2s} as its k-slots {2t, 2t+1, 2t+8, 2t+9} (the order that
-// decode8 gives). The token side reads the same elements of its own block t.
+// Group p of a block, its elements 8p .. 8p + 7, feeds two k16 steps; step s takes from each lane
+// the elements 8p + 4s .. 8p + 4s + 3 as its k-slots {2t, 2t+1, 2t+8, 2t+9}. The token side reads
+// the same elements of its own block t.
 //
 // f16 and f32 activations are split into two and three bf16 terms whose sum is exact, one MMA each:
 // products with the (bf16-exact) weights are then exact too, for every scale byte, and there is no
@@ -133,16 +133,16 @@ __device__ __forceinline__ float remainder_of(float v) {
 template <typename Act>
 struct Activation;
 
-// Elements 8i..8i+7 of one token's block t as bf16 pairs in decode8's order, per exact term.
+// Eight neighbouring elements of one token as bf16 pairs, per exact term.
 template <>
 struct Activation<__nv_bfloat16> {
   static constexpr int kTerms = 1;
   static constexpr int kUnits = 1;  // 16-byte units of eight elements
   __device__ static void terms(const uint4 (&raw)[1], uint32_t (&out)[1][4]) {
-    out[0][0] = __byte_perm(raw[0].x, raw[0].z, 0x5410);
-    out[0][1] = __byte_perm(raw[0].x, raw[0].z, 0x7632);
-    out[0][2] = __byte_perm(raw[0].y, raw[0].w, 0x5410);
-    out[0][3] = __byte_perm(raw[0].y, raw[0].w, 0x7632);
+    out[0][0] = raw[0].x;
+    out[0][1] = raw[0].y;
+    out[0][2] = raw[0].z;
+    out[0][3] = raw[0].w;
   }
 };
 
@@ -151,7 +151,7 @@ __device__ __forceinline__ void split_terms(float (&v)[8], uint32_t (&out)[kTerm
 #pragma unroll
   for (int term = 0; term < kTerms; ++term) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) out[term][i] = truncate_pair(v[i], v[i + 4]);
+    for (int i = 0; i < 4; ++i) out[term][i] = truncate_pair(v[2 * i], v[2 * i + 1]);
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[i] = remainder_of(v[i]);
   }

@@ -56,7 +56,7 @@ int select_streaming(const GemmShape& shape) {
 // a launch, the start and end of a wave and the exchange of sums, which grows with the tile and
 // with the thread blocks that take part.
 float wgmma_us(const GemmConfig& config, const GemmShape& shape, int64_t tiles, int split) {
-  constexpr float kLaunch = 4.0f, kWave = 1.5f, kExchange = 0.35f, kExchangePerSum = 1.0f / 8192;
+  constexpr float kLaunch = 0.9f, kWave = 3.2f, kExchange = 0.23f, kExchangePerSum = 1.0f / 7000;
   const int64_t waves = ceil_div(tiles * split, shape.wgmma_multiprocessors);
   const int64_t steps = ceil_div(shape.k / 64, split);
   const float exchange = split > 1 ? kExchange * float(split) +
@@ -84,7 +84,7 @@ GemmChoice select_wgmma(const GemmShape& shape) {
     const int64_t tiles = ceil_div(shape.m, config.tile_m) * ceil_div(shape.n, config.tile_n());
     for (const int split : kSplits) {
       if (split > 1 && (tiles > clusters_at_once(shape.wgmma_multiprocessors, split) ||
-                        split > ceil_div(shape.k, 128) || config.tile_m > kMaxSplitTileM))
+                        split > ceil_div(shape.k, 128)))
         continue;
       const float us = wgmma_us(config, shape, tiles, split);
       if (best.config < 0 || us < best_us) {
@@ -99,13 +99,18 @@ GemmChoice select_wgmma(const GemmShape& shape) {
 }  // namespace
 
 GemmChoice select_gemm(const GemmShape& shape) {
+  // The wgmma kernels' tensor map of the scales has up to eight rows of weights in one of its own.
+  const bool wgmma =
+      shape.wgmma_multiprocessors > 0 && shape.m > 8 && shape.k % 64 == 0 && shape.n % 8 == 0;
   if (shape.streaming_multiprocessors > 0) {
     const int streaming = select_streaming(shape);
-    if (streaming >= 0) return {streaming, 1};
+    // Beyond 8 tokens and one stage of K the streaming kernels read all activations again for every
+    // 32 or 64 rows; wgmma tiles of 256 rows are faster where they are enough for the GPU.
+    const bool rereads = shape.m > 8 && shape.k > 4096;
+    const bool enough = ceil_div(shape.n, 256) * 4 >= int64_t(shape.wgmma_multiprocessors) * 3;
+    if (streaming >= 0 && !(wgmma && rereads && enough)) return {streaming, 1};
   }
-  // Its tensor map of the scales has up to eight rows of weights in one of its own.
-  if (shape.wgmma_multiprocessors > 0 && shape.m > 8 && shape.k % 64 == 0 && shape.n % 8 == 0)
-    return select_wgmma(shape);
+  if (wgmma) return select_wgmma(shape);
   if (shape.m <= 16)
     return {0, 1};  // at most two token tiles; the second read of the weights hits L2
   if (shape.m <= 64) return {1, 1};

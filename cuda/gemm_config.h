@@ -61,23 +61,25 @@ inline constexpr GemmConfig kGemmConfigs[] = {
     // L2 has to deliver beside the weights.
     {GemmKind::kStreaming, 16, 2, 1, 8, 2, 3},
     {GemmKind::kStreaming, 16, 4, 1, 8, 1, 3},
-    // More tokens. 192-row tiles divide 2880 and 5760, and decoding is spread over more threads;
-    // 128-row tiles fill the GPU where the others are too few.
-    {GemmKind::kWgmma, 32, 1, 12, 1, 1, 6, 0.42f},
-    {GemmKind::kWgmma, 32, 1, 8, 1, 1, 6, 0.29f},
-    {GemmKind::kWgmma, 64, 1, 12, 1, 1, 4, 0.52f},
-    {GemmKind::kWgmma, 64, 1, 8, 1, 1, 5, 0.37f},
-    {GemmKind::kWgmma, 96, 1, 12, 1, 1, 7, 0.63f},
-    {GemmKind::kWgmma, 128, 1, 12, 1, 1, 6, 0.72f},
-    {GemmKind::kWgmma, 128, 1, 8, 1, 1, 7, 0.55f},
+    // Beyond 8 tokens with long K, and more: the time of a step falls with the tokens, tiles of
+    // 128,
+    // 192 or 256 rows fill the GPU as evenly as N allows. Four warpgroups hide latencies best; more
+    // sums leave room for three or two.
+    {GemmKind::kWgmma, 16, 1, 16, 1, 1, 8, 0.42f},
+    {GemmKind::kWgmma, 32, 1, 8, 1, 1, 10, 0.26f},
+    {GemmKind::kWgmma, 32, 1, 12, 1, 1, 8, 0.37f},
+    {GemmKind::kWgmma, 32, 1, 16, 1, 1, 7, 0.43f},
+    {GemmKind::kWgmma, 64, 1, 8, 1, 1, 7, 0.30f},
+    {GemmKind::kWgmma, 64, 1, 12, 1, 1, 5, 0.46f},
+    {GemmKind::kWgmma, 64, 1, 16, 1, 1, 4, 0.53f},
+    {GemmKind::kWgmma, 96, 1, 12, 1, 1, 7, 0.62f},
+    {GemmKind::kWgmma, 128, 1, 8, 1, 1, 7, 0.41f},
+    {GemmKind::kWgmma, 128, 1, 12, 1, 1, 6, 0.58f},
     // Each decoded weight serves 192 or 256 tokens.
-    {GemmKind::kWgmma, 192, 1, 8, 1, 1, 5, 0.61f},
-    {GemmKind::kWgmma, 256, 1, 8, 1, 1, 4, 0.70f},
+    {GemmKind::kWgmma, 192, 1, 8, 1, 1, 5, 0.53f},
+    {GemmKind::kWgmma, 256, 1, 8, 1, 1, 4, 0.715f},
 };
 inline constexpr int kNumGemmConfigs = sizeof(kGemmConfigs) / sizeof(kGemmConfigs[0]);
-
-// The exchange of sums takes place in the memory of the pipeline.
-inline constexpr int kMaxSplitTileM = 128;
 
 // The expert layer streams too: both products with K in one stage, and the schedule of its pairs in
 // shared memory.
@@ -85,7 +87,8 @@ constexpr bool is_streaming_moe(const GemmConfig& config) {
   return config.kind == GemmKind::kStreaming && config.stage_chunks() == 24;
 }
 constexpr bool is_grouped_wgmma(const GemmConfig& config) {
-  return config.kind == GemmKind::kWgmma && (config.tile_m == 256 || config.tile_n() == 192);
+  return config.kind == GemmKind::kWgmma &&
+         (config.tile_m == 256 || (config.tile_m >= 32 && config.tile_n() == 192));
 }
 inline constexpr int kStreamingMoePairs = 512;
 inline constexpr int kStreamingMoeExperts = 512;

@@ -174,54 +174,32 @@ struct StreamingGemm {
     }
   };
 
-  struct Operand {  // the same, in the order of decode8
-    uint32_t pairs[4][kGroups][1][4];
-
-    __device__ explicit Operand(const Tokens& tokens) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int j = 0; j < kGroups; ++j) {
-          const uint4 raw[1] = {tokens.raw[j][i]};
-          Activation<__nv_bfloat16>::terms(raw, pairs[i][j]);
-        }
-    }
-    Operand() = default;
-  };
-
   using Sums = float[kRows][kGroups][4];
 
-  template <bool kWide, bool kCached>
+  // Products of group kGroup of every block, and of those that follow.
+  template <bool kWide, int kGroup = 0>
   __device__ static void multiply(const uint4 (&codes)[kRows][2],
-                                  const ScaleFactor (&scale)[kRows][2], const Operand& x,
+                                  const ScaleFactor (&scale)[kRows][2], const Tokens& x,
                                   Sums& acc) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i)  // words of a block
+    for (int r = 0; r < kRows; ++r) {
+      uint32_t a[2][4];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        uint32_t a[2][4];
+      for (int half = 0; half < 2; ++half)
+        decode_group<kGroup, kWide>(codes[r][half], scale[r][half], a[half]);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const uint4& c = codes[r][half];
-          decode8<kWide, kCached>(i == 0   ? c.x
-                                  : i == 1 ? c.y
-                                  : i == 2 ? c.z
-                                           : c.w,
-                                  scale[r][half], a[half]);
-        }
-#pragma unroll
-        for (int j = 0; j < kGroups; ++j)
-#pragma unroll
-          for (int s = 0; s < 4; s += 2)
-            ptx::mma_m16n8k16(acc[r][j], a[0][s], a[1][s], a[0][s + 1], a[1][s + 1],
-                              x.pairs[i][j][0][s], x.pairs[i][j][0][s + 1]);
+      for (int j = 0; j < kGroups; ++j) {
+        const uint4& b = x.raw[j][kGroup];
+        ptx::mma_m16n8k16(acc[r][j], a[0][0], a[1][0], a[0][1], a[1][1], b.x, b.y);
+        ptx::mma_m16n8k16(acc[r][j], a[0][2], a[1][2], a[0][3], a[1][3], b.z, b.w);
       }
+    }
+    if constexpr (kGroup < 3) multiply<kWide, kGroup + 1>(codes, scale, x, acc);
   }
 
   // `local` is the chunk's place in the stage, `chunk` its place in K.
-  template <bool kCached>
   __device__ static void multiply_chunk(int blocks_per_row, uint32_t stage, int scale_stride,
-                                        int local, int chunk, const Operand& x, Sums& acc) {
+                                        int local, int chunk, const Tokens& x, Sums& acc) {
     const int lane = threadIdx.x % 32;
     const int g = lane / 4, t = lane % 4;
     const bool past_end = 4 * chunk + t >= blocks_per_row;
@@ -246,13 +224,13 @@ struct StreamingGemm {
       for (int r = 0; r < kRows; ++r)
 #pragma unroll
         for (int half = 0; half < 2; ++half) scale[r][half] = scale_factor(bytes[r][half]);
-      multiply<true, kCached>(codes, scale, x, acc);
+      multiply<true>(codes, scale, x, acc);
     } else {
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
 #pragma unroll
         for (int half = 0; half < 2; ++half) scale[r][half] = {narrow_factor(bytes[r][half]), 0};
-      multiply<false, kCached>(codes, scale, x, acc);
+      multiply<false>(codes, scale, x, acc);
     }
   }
 
@@ -311,17 +289,11 @@ struct StreamingGemm {
     for (int j = 0; j < kGroups; ++j)
       rows[j] = uint32_t(min(8 * j + lane / 4, int(args.m) - 1) * args.k);
     const __nv_bfloat16* x_rows = static_cast<const __nv_bfloat16*>(args.x);
-    Tokens tokens;
-    Operand cached[kCached ? kChunks : 1];
-    if constexpr (kCached) {
+    // kCached: the same in every tile; otherwise the next one is asked for ahead.
+    Tokens tokens[kCached ? kChunks : 1];
 #pragma unroll
-      for (int q = 0; q < kChunks; ++q) {
-        tokens.template load<true>(x_rows, rows, blocks_per_row, warp + kWarps * q);
-        cached[q] = Operand(tokens);
-      }
-    } else {
-      tokens.template load<true>(x_rows, rows, blocks_per_row, warp);
-    }
+    for (int q = 0; q < (kCached ? kChunks : 1); ++q)
+      tokens[q].template load<true>(x_rows, rows, blocks_per_row, warp + kWarps * q);
     Ring<kStages> ring;
     Ring<2> sum_ring;
     for (int tile = blockIdx.x; tile < args.n / kTileN; tile += gridDim.x) {
@@ -332,21 +304,16 @@ struct StreamingGemm {
 #pragma unroll
         for (int q = 0; q < kChunks; ++q) {
           const int local = warp + kWarps * q, chunk = first_chunk + local;
-          Operand x;
+          const Tokens x = tokens[kCached ? q : 0];
           if constexpr (!kCached) {
-            x = Operand(tokens);
             const int next = q + 1 < kChunks          ? chunk + kWarps
                              : slice + 1 < num_slices ? first_chunk + kStageChunks + warp
                                                       : warp;
-            tokens.template load<true>(x_rows, rows, blocks_per_row, next);
+            tokens[0].template load<true>(x_rows, rows, blocks_per_row, next);
           }
           ptx::barrier_wait(barriers.full + 8 * (ring.index * kChunks + q), ring.parity);
-          if (chunk >= num_chunks) continue;
-          if constexpr (kCached)
-            multiply_chunk<kCached>(blocks_per_row, stage, scale_stride, local, chunk, cached[q],
-                                    acc);
-          else
-            multiply_chunk<kCached>(blocks_per_row, stage, scale_stride, local, chunk, x, acc);
+          if (chunk < num_chunks)
+            multiply_chunk(blocks_per_row, stage, scale_stride, local, chunk, x, acc);
         }
         ptx::named_barrier_arrive(kEmpty + ring.index, kEmptyThreads);
       }

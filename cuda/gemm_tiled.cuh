@@ -123,44 +123,47 @@ struct TiledGemm {
   template <bool kWide>
   __device__ static void multiply(const Weights& weights, uint32_t tile,
                                   float (&acc)[kRows][kGroups][4]) {
-    const int lane = threadIdx.x % 32;
-    const int g = lane / 4, t = lane % 4;
     ScaleFactor scale[kRows][2];
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
       for (int half = 0; half < 2; ++half) scale[r][half] = scale_factor(weights.scale[r][half]);
 
+    multiply_groups<kWide>(weights, scale, tile, acc);
+  }
+
+  // Products of group kGroup of every block, and of those that follow.
+  template <bool kWide, int kGroup = 0>
+  __device__ static void multiply_groups(const Weights& weights,
+                                         const ScaleFactor (&scale)[kRows][2], uint32_t tile,
+                                         float (&acc)[kRows][kGroups][4]) {
+    const int lane = threadIdx.x % 32;
+    const int g = lane / 4, t = lane % 4;
+    uint32_t a[kRows][2][4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {  // words of a block
-      uint32_t a[kRows][2][4];
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        decode_group<kGroup, kWide>(weights.codes[r][half], scale[r][half], a[r][half]);
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) {
+      uint4 raw[Terms::kUnits];
+#pragma unroll
+      for (int u = 0; u < Terms::kUnits; ++u)
+        raw[u] = ptx::load_shared16(
+            tile + Tile::unit_offset(8 * j + g, (4 * t + kGroup) * Terms::kUnits + u));
+      uint32_t b[Terms::kTerms][4];
+      Terms::terms(raw, b);
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const uint4& codes = weights.codes[r][half];
-          uint32_t word = i == 0 ? codes.x : i == 1 ? codes.y : i == 2 ? codes.z : codes.w;
-          decode8<kWide>(word, scale[r][half], a[r][half]);
-        }
+        for (int term = 0; term < Terms::kTerms; ++term)
 #pragma unroll
-      for (int j = 0; j < kGroups; ++j) {
-        uint4 raw[Terms::kUnits];
-#pragma unroll
-        for (int u = 0; u < Terms::kUnits; ++u)
-          raw[u] = ptx::load_shared16(
-              tile + Tile::unit_offset(8 * j + g, (4 * t + i) * Terms::kUnits + u));
-        uint32_t b[Terms::kTerms][4];
-        Terms::terms(raw, b);
-#pragma unroll
-        for (int r = 0; r < kRows; ++r)
-#pragma unroll
-          for (int term = 0; term < Terms::kTerms; ++term)
-#pragma unroll
-            for (int s = 0; s < 4; s += 2)
-              ptx::mma_m16n8k16(acc[r][j], a[r][0][s], a[r][1][s], a[r][0][s + 1], a[r][1][s + 1],
-                                b[term][s], b[term][s + 1]);
-      }
+          for (int s = 0; s < 4; s += 2)
+            ptx::mma_m16n8k16(acc[r][j], a[r][0][s], a[r][1][s], a[r][0][s + 1], a[r][1][s + 1],
+                              b[term][s], b[term][s + 1]);
     }
+    if constexpr (kGroup < 3) multiply_groups<kWide, kGroup + 1>(weights, scale, tile, acc);
   }
 
   __device__ static void run(const GemmArgs& args, int tile_n, const TileWork& work, char* shared) {

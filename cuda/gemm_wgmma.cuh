@@ -3,27 +3,17 @@
 // Weights are the register operand A of wgmma (64 rows a warpgroup), tokens its operand B in shared
 // memory, so that a decoded weight never goes back to memory and serves up to 256 tokens.
 //
-//   copy warps    | codes of 128 of K, scales of 512 of K | activations            (tensor maps)
-//   order warps   |                         up to 96 tokens: transpose activations
+//   copy warps    | codes of 128 of K, scales | activations                       (tensor maps)
 //   warpgroup 0   | fetch, decode | wgmma        | fetch, decode | wgmma        ...
 //   warpgroup 1   |       fetch, decode | wgmma        | fetch, decode | wgmma  ...
 //
-// A step is 128 of K, or 64 for more tokens. Step i is decoded while the product of step i - 1
-// runs, and the codes of step i + 1 are fetched before.
+// K is walked through in slabs of 64, the rows of 128 bytes that the tensor cores read of the
+// activations. Slab i is decoded while the product of slab i - 1 runs, and the codes of slab i + 2
+// are fetched after that.
 //
 // Lane (g, c) = (lane / 4, lane % 4) holds rows g and g + 8 of a warp's 16, and of every 8
-// positions of K the pair 2c, 2c + 1. There are two ways to meet this with the canonical bytes:
-//
-// clang-format off
-//   kTransposed   Of each 64 lane c takes words 2c and 2c + 1, and the nibbles i of both are its pair
-//                 in positions 8i + 2c and 8i + 2c + 1: position 8i + w is element 8w + i. The
-//                 activations are brought into this order in place: the eight 16-byte rows of 64
-//                 elements of a token are transposed by one ldmatrix and one stmatrix. Decoding
-//                 costs 18 instructions for 8 weights.
-//   otherwise     K as it is: lane c takes byte c of each word, out of a 16-byte load which the four
-//                 lanes of a row share. 22 instructions for 8 weights, which more tokens hide, and
-//                 nothing added to the traffic of shared memory, which more tokens fill.
-// clang-format on
+// positions of K the pair 2c, 2c + 1: word c of a prepared block, which is what one ldmatrix gives
+// it of two blocks of both rows.
 //
 // Grouped products (the expert layer) read their token tiles from a schedule in device memory; each
 // tile belongs to one expert. For gate_up a lane holds rows 2g and 2g + 1 instead, gate and up of
@@ -46,19 +36,21 @@ struct WgmmaArgs {
   DType out_type;
   int m, n, k;
   int tiles_m, tiles_n;  // dense; grouped: tiles_n only
+  const uint8_t* scales;
   // Grouped epilogues only; see GemmArgs.
   const int4* tiles;
   const int32_t* tile_count;
   float alpha, limit;
-  int split;       // thread blocks of a cluster, which share a tile and split K
-  int scale_rows;  // that lie in one row of `maps.scales`
-  bool scatter;    // `out` cannot be written by the copy engine
+  int split;        // thread blocks of a cluster, which share a tile and split K
+  int scale_rows;   // that lie in one row of `maps.scales`; 0: a tile's scales are copied at once
+  int scale_slabs;  // slabs whose scales are copied together
+  bool scatter;     // `out` cannot be written by the copy engine
 };
 
 struct WgmmaMaps {     // boxes are {inner, outer}
   CUtensorMap x;       // bf16 [m, k], {64, kBoxTokens}
   CUtensorMap w;       // u8 [n, k / 2], {64, tile_n}
-  CUtensorMap scales;  // u8 [n / scale_rows, scale_rows * k / 32], {32, tile_n / scale_rows}
+  CUtensorMap scales;  // u8 [n / scale_rows, scale_rows * k / 32], {48, tile_n / scale_rows}
   CUtensorMap out;     // 16-bit [m, n], {64, kStoreTokens}, or {64, 8} where K is split
 };
 
@@ -74,24 +66,22 @@ struct WgmmaGemm {
   static constexpr int kTileN = config.tile_n();
   static_assert(kTileN == 64 * kWarpgroups);
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
-  static constexpr bool kTransposed = kTileM <= 96;
 
-  // Of K. A step costs its barriers, so that it should be long, but more sums leave it no
-  // registers.
-  static constexpr int kStep = kTileM > 64 ? 64 : 128;
-  static constexpr int kStepsPerCodes = 128 / kStep, kStepsPerScales = 512 / kStep;
-  // Rows of 128 bytes, 64 elements of K, are what the tensor cores read: a slab.
-  static constexpr int kSlabs = kStep / 64, kSlabBytes = kTileM * 128;
-  static constexpr int kScaleRowBytes = 32;  // 16, and what aligning the first one costs
-  static constexpr int kXBytes = kSlabs * kSlabBytes;
-  static constexpr int kCodeBytes = kTileN * 64, kScaleBytes = kTileN * kScaleRowBytes;
+  // Slabs that are copied together: each copy costs its barriers. More activations leave no room.
+  static constexpr int kSlabsOfX = kTileM <= 64 ? 2 : 1, kSlabsOfCodes = 2;
+  // A row's scales: those of K up to 3072 at once; otherwise, in 48 bytes, those of 16 slabs and
+  // what aligning the first one costs. Rows of 48 bytes lie in different banks.
+  static constexpr int kMaxScaleBytes = 96, kScaleBoxBytes = 48, kSlabsOfScales = 16;
+  static constexpr int kSlabBytes = kTileM * 128;
+  static constexpr int kXBytes = kSlabsOfX * kSlabBytes;
+  static constexpr int kCodeBytes = kTileN * 64, kScaleBytes = kTileN * kMaxScaleBytes;
   // A grouped tile with few tokens multiplies fewer columns; it copies boxes of so many tokens.
   static constexpr int kBoxTokens = !kGrouped ? kTileM : kTileM > 96 ? 64 : 32;
   // Sums of a thread come in groups of four: rows g and g + 8, two of eight tokens.
   static constexpr int kTokenGroups = kTileM / 8;
-  static constexpr int kStagedGroups = kTileM > 128 ? kTokenGroups / 2 : kTokenGroups;
+  static constexpr int kStagedGroups = kTileM > 96 ? kTokenGroups / 2 : kTokenGroups;
   static constexpr int kStagingBytes = kWarpgroups * kStagedGroups * 1024;
-  static constexpr int kStoreTokens = kTileM > 128 ? kTileM / 2 : kTileM;
+  static constexpr int kStoreTokens = 8 * kStagedGroups;
 
   static constexpr int kAlignment = 1024;  // of a 128-byte swizzle
   static constexpr int kBarrierBytes = 512;
@@ -103,27 +93,35 @@ struct WgmmaGemm {
   static constexpr int kCodeStages = kFree / kCodeBytes < 8 ? kFree / kCodeBytes : 8;
   static constexpr int kBarrierOffset = kCodeOffset + kCodeStages * kCodeBytes;
   static constexpr int kSharedBytes = kBarrierOffset + kBarrierBytes + kAlignment;
-  static_assert(kCodeStages >= 3 && kStagingOffset % 1024 == 0 && kCodeOffset % 1024 == 0);
-  static_assert(24 * kXStages + 16 * (kScaleStages + kCodeStages) <= kBarrierBytes);
+  static_assert(kCodeStages >= 3);
+  static_assert(kStagingOffset % 1024 == 0 && kCodeOffset % 1024 == 0);
+  static_assert(16 * (kXStages + kScaleStages + kCodeStages) + 8 <= kBarrierBytes);
 
   // The register file holds 64 K; what the copy warpgroup gives up goes to the others.
-  static constexpr int kComputeRegisters = kWarpgroups == 2 ? 224 : kTileM > 96 ? 160 : 152;
-  static constexpr int kCopyRegisters = kWarpgroups == 2 ? 56 : kTileM > 96 ? 32 : 56;
+  static constexpr int kComputeRegisters = kWarpgroups == 2   ? 232
+                                           : kWarpgroups == 4 ? 112
+                                           : kTileM > 96      ? 160
+                                                              : 152;
+  static constexpr int kCopyRegisters = kWarpgroups == 2                  ? 40
+                                        : kWarpgroups == 4 || kTileM > 96 ? 32
+                                                                          : 56;
 
-  // Whether the exchange of sums has room in the memory of the rings.
+  static constexpr int kSlotBytes = kWarpgroups * 128 * 16;  // of the exchange of sums, one group
+
+  // Whether the exchange has room before the staging slots, which it goes on to fill.
   static constexpr bool can_split(int split) {
-    return (kTokenGroups + split - 1) / split * split * kWarpgroups * 128 * 16 <=
-           kCodeOffset + kCodeStages * kCodeBytes;
+    const int turns = (kTokenGroups + split - 1) / split;
+    return turns * split * kSlotBytes <= kStagingOffset && turns <= kStagedGroups;
   }
-  static_assert(kGrouped || kTileM > kMaxSplitTileM ||
+  static_assert(kGrouped ||
                 (can_split(2) && can_split(3) && can_split(4) && can_split(5) && can_split(8)));
 
   struct Block {  // what a thread block works on
     uint32_t shared;
-    uint32_t x_full, x_empty, x_ready, code_full, code_empty, scale_full, scale_empty;
-    int rank;        // in its cluster
-    int begin, end;  // steps
-    bool ragged;     // half of the last step is past the end of K
+    uint32_t x_full, x_empty, code_full, code_empty, scale_full, scale_empty;
+    uint32_t exchanged;  // barrier: all sums of the part that this thread block adds have come
+    int rank;            // in its cluster
+    int begin, end;      // slabs
     int first_tile, tile_stride, tiles;
 
     __device__ explicit Block(const WgmmaArgs& args, char* memory) {
@@ -131,16 +129,15 @@ struct WgmmaGemm {
       shared = (base + kAlignment - 1) / kAlignment * kAlignment;
       x_full = shared + kBarrierOffset;
       x_empty = x_full + 8 * kXStages;
-      x_ready = kTransposed ? x_empty + 8 * kXStages : x_full;  // in the order of K that is used
-      code_full = x_empty + 16 * kXStages;
+      code_full = x_empty + 8 * kXStages;
       code_empty = code_full + 8 * kCodeStages;
       scale_full = code_empty + 8 * kCodeStages;
       scale_empty = scale_full + 8 * kScaleStages;
+      exchanged = scale_empty + 8 * kScaleStages;
       rank = args.split > 1 ? int(ptx::cluster_rank()) : 0;
-      const int steps = (args.k + kStep - 1) / kStep;
-      begin = steps * rank / args.split;
-      end = steps * (rank + 1) / args.split;
-      ragged = kSlabs > 1 && end == steps && args.k % kStep != 0;
+      const int slabs = args.k / 64;
+      begin = slabs * rank / args.split;
+      end = slabs * (rank + 1) / args.split;
       first_tile = blockIdx.x / args.split;
       tile_stride = gridDim.x / args.split;
       tiles = (kGrouped ? __ldg(args.tile_count) : args.tiles_m) * args.tiles_n;
@@ -199,28 +196,35 @@ struct WgmmaGemm {
     for (int t = block.first_tile; t < block.tiles; t += block.tile_stride) {
       const Tile tile(args, t);
       const int row = int(tile.expert_row) + tile.row;
-      for (int step = block.begin; step < block.end; step += kStepsPerCodes, codes.advance()) {
-        if ((step - block.begin) % kStepsPerScales == 0) {
+      int next_scales = block.begin;
+      for (int slab = block.begin; slab < block.end; slab += kSlabsOfCodes, codes.advance()) {
+        if (slab == next_scales) {
           ptx::barrier_wait(block.scale_empty + 8 * scales.index, scales.parity ^ 1);
           const uint32_t full = block.scale_full + 8 * scales.index;
-          ptx::barrier_arrive_expect(full, kScaleBytes);
-          for (int i = 0; i < group; ++i)
-            ptx::tensor_load(block.scales(scales.index) + i * (kScaleBytes / group), &maps.scales,
-                             first_scale(i * scale_bytes, step) / 16 * 16, row / group, full);
+          const uint32_t to = block.scales(scales.index);
+          if (group) {
+            ptx::barrier_arrive_expect(full, kTileN * kScaleBoxBytes);
+            for (int i = 0; i < group; ++i)
+              ptx::tensor_load(to + i * (kTileN / group * kScaleBoxBytes), &maps.scales,
+                               first_scale(i * scale_bytes, slab) / 16 * 16, row / group, full);
+          } else {
+            const int bytes = min(kTileN, args.n - tile.row) * scale_bytes;
+            ptx::barrier_arrive_expect(full, bytes);
+            ptx::bulk_copy(to, args.scales + int64_t(row) * scale_bytes, bytes, full);
+          }
           scales.advance();
+          next_scales += args.scale_slabs;
         }
         ptx::barrier_wait(block.code_empty + 8 * codes.index, codes.parity ^ 1);
         const uint32_t full = block.code_full + 8 * codes.index;
         ptx::barrier_arrive_expect(full, kCodeBytes);
-        ptx::tensor_load(block.codes(codes.index), &maps.w, step * (kStep / 2), row, full);
+        ptx::tensor_load(block.codes(codes.index), &maps.w, slab * 32, row, full);
       }
     }
   }
 
-  // Where the scales of a row from `step` on begin, in a row of the tensor map.
-  __device__ static int first_scale(int row_offset, int step) {
-    return row_offset + step * (kStep / kBlockSize);
-  }
+  // Where the scales of a row from `slab` on begin, in a row of the tensor map.
+  __device__ static int first_scale(int row_offset, int slab) { return row_offset + 2 * slab; }
 
   __device__ static void copy_activations(const WgmmaArgs& args, const WgmmaMaps& maps,
                                           const Block& block) {
@@ -228,15 +232,17 @@ struct WgmmaGemm {
     for (int t = block.first_tile; t < block.tiles; t += block.tile_stride) {
       const Tile tile(args, t);
       const int width = tile.width();
-      for (int step = block.begin; step < block.end; ++step, ring.advance()) {
+      for (int slab = block.begin; slab < block.end; slab += kSlabsOfX, ring.advance()) {
         ptx::barrier_wait(block.x_empty + 8 * ring.index, ring.parity ^ 1);
         const uint32_t full = block.x_full + 8 * ring.index;
-        ptx::barrier_arrive_expect(full, width * kSlabs * 128);
+        ptx::barrier_arrive_expect(full, width * kSlabsOfX * 128);
 #pragma unroll
-        for (int slab = 0; slab < kSlabs; ++slab)
+        for (int i = 0; i < kSlabsOfX; ++i) {
+          const uint32_t to = block.x(ring.index) + i * kSlabBytes;
+          const int k = (slab + i) * 64;
           for (int token = 0; token < width; token += kBoxTokens)
-            ptx::tensor_load(block.x(ring.index) + slab * kSlabBytes + token * 128, &maps.x,
-                             step * kStep + slab * 64, tile.token + token, full);
+            ptx::tensor_load(to + token * 128, &maps.x, k, tile.token + token, full);
+        }
       }
     }
   }
@@ -247,51 +253,11 @@ struct WgmmaGemm {
     if (threadIdx.x % 32 == 0) ptx::barrier_arrive(barrier);
   }
 
-  // Chunk r of a token's eight becomes element r of each of them. Two warps have a slab each, or
-  // every other 16 tokens of the only one.
-  __device__ static void transpose_activations(const WgmmaArgs& args, const Block& block,
-                                               int warp) {
-    constexpr int kWarpsPerSlab = 2 / kSlabs;
-    const int slab = warp / kWarpsPerSlab, first_token = warp % kWarpsPerSlab * 16;
-    const int lane = threadIdx.x % 32, token = lane / 8, chunk = lane % 8;
-    const uint32_t low = token * 128 + (chunk ^ token) * 16;  // tokens 8n to 8n + 3
-    const uint32_t high = 512 + (low ^ 64);                   // 8n + 4 to 8n + 7
-    Ring<kXStages> ring;
-    for (int t = block.first_tile; t < block.tiles; t += block.tile_stride) {
-      const int width = Tile(args, t).width();
-      for (int step = block.begin; step < block.end; ++step, ring.advance()) {
-        ptx::barrier_wait(block.x_full + 8 * ring.index, ring.parity);
-        const uint32_t tokens = block.x(ring.index) + slab * kSlabBytes;
-        for (int first = first_token; first < width; first += 16 * kWarpsPerSlab) {
-          const uint32_t x = tokens + first * 128;
-          const uint32_t address[4] = {x + low, x + high, x + 1024 + low, x + 1024 + high};
-          uint4 matrices[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) matrices[i] = ptx::load_matrices_transposed(address[i]);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) ptx::store_matrices(address[i], matrices[i]);
-        }
-        ptx::async_proxy_fence();
-        arrive(block.x_ready + 8 * ring.index);
-      }
-    }
-  }
-
-  // What a lane needs for one step: of rows g and g + 8 the codes and the scales.
+  // What a lane needs for one slab.
   struct Packed {
-    uint4 codes[kSlabs][2][2];   // kTransposed: x and y of the first
-    uint32_t scales[kSlabs][2];  // bytes; kTransposed: one, otherwise both blocks
+    uint4 codes;         // of rows g and g + 8: two words of the first block, two of the next
+    uint32_t scales[2];  // of rows g and g + 8: two bytes
   };
-
-  // Bytes of two words -> the pairs (low nibble, high nibble) as bf16x2 of code * 2^-126; see
-  // decode8 for the multiplication.
-  __device__ static void spread(uint32_t first, uint32_t second, uint32_t selector,
-                                uint32_t& first_pair, uint32_t& second_pair) {
-    const uint32_t bytes = __byte_perm(first, second, selector);    // second, first, twice
-    const uint32_t codes = __byte_perm(bytes * 16, bytes, 0x7610);  // on top of each byte
-    first_pair = (codes & 0x80008000u) | ((codes >> 6) & 0x01c001c0u);
-    second_pair = ((codes & 0x00f000f0u) * 0x0104u) & 0x81c081c0u;
-  }
 
   __device__ static uint32_t half_of(uint32_t pair, int half) {
     const __nv_bfloat162 v = reinterpret_cast<const __nv_bfloat162&>(pair);
@@ -299,63 +265,35 @@ struct WgmmaGemm {
     return reinterpret_cast<const uint32_t&>(both);
   }
 
-  // Operand A of the k16 steps: registers are rows g, g + 8, then the same 8 of K later.
-  using Operand = uint32_t[kStep / 16][4];
+  // Operand A of a slab's k16 steps: registers are rows g, g + 8, then the same 8 of K later.
+  using Operand = uint32_t[4][4];
   using Sums = float[kTileM / 2];
 
-  // kWide: for any scale; otherwise for those up to kLargestNarrow.
+  // kWide: for any scale.
   template <bool kWide>
-  __device__ static void decode(const Packed& packed, uint32_t selector, Operand& a) {
+  __device__ static void decode(const Packed& packed, Operand& a) {
+    const uint4& w = packed.codes;
+    const uint32_t words[2][2] = {{w.x, w.z}, {w.y, w.w}};
 #pragma unroll
-    for (int slab = 0; slab < kSlabs; ++slab)
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t scales = packed.scales[half];
+      const uint32_t narrow = __byte_perm(scales, 0, 0x4140) * 128u + 126u * 0x00800080u;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t scale = packed.scales[slab][half];
-        const auto to = [&](int i) -> uint32_t& { return a[4 * slab + i / 2][2 * (i % 2) + half]; };
-        if constexpr (kTransposed) {
-          const ScaleFactor factor =
-              kWide ? scale_factor(scale) : ScaleFactor{narrow_factor(scale), 0};
-          const uint4& w = packed.codes[slab][half][0];
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            uint32_t pairs[4];
-            decode8<kWide, true>(__byte_perm(w.x, w.y, j ? 0x7632 : 0x5410), factor, pairs);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) to(4 * j + i) = pairs[i];
-          }
-        } else {
-          const uint32_t narrow = __byte_perm(scale, 0, 0x4140) * 128u + 126u * 0x00800080u;
-#pragma unroll
-          for (int b = 0; b < 2; ++b) {
-            const ScaleFactor factor =
-                kWide ? scale_factor(scale >> (8 * b) & 0xff) : ScaleFactor{half_of(narrow, b), 0};
-            const uint4& w = packed.codes[slab][half][b];
-            uint32_t pairs[4];
-            spread(w.x, w.y, selector, pairs[0], pairs[1]);
-            spread(w.z, w.w, selector, pairs[2], pairs[3]);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              to(4 * b + i) = mul_bf16x2(pairs[i], factor.first);
-              if (kWide) to(4 * b + i) = mul_bf16x2(to(4 * b + i), factor.second);
-            }
-          }
-        }
+      for (int block = 0; block < 2; ++block) {
+        const ScaleFactor factor = kWide ? scale_factor(scales >> (8 * block) & 0xff)
+                                         : ScaleFactor{half_of(narrow, block), 0};
+        const uint32_t word = words[half][block];
+        a[2 * block][half] = decode_pair<0, kWide>(word, factor);
+        a[2 * block][2 + half] = decode_pair<1, kWide>(word, factor);
+        a[2 * block + 1][half] = decode_pair<2, kWide>(word, factor);
+        a[2 * block + 1][2 + half] = decode_pair<3, kWide>(word, factor);
       }
+    }
   }
 
-  // Scales of two bytes are compared two at a time: adding carries into the bits above them.
-  __device__ static bool is_wide(const Packed& packed) {
-    constexpr uint32_t kOffset = (0xff - kLargestNarrow) * 0x00010001u;
-    uint32_t carries = 0;
-#pragma unroll
-    for (int slab = 0; slab < kSlabs; ++slab) {
-      const uint32_t both = packed.scales[slab][0] | packed.scales[slab][1] << 16;
-      if constexpr (kTransposed)
-        carries |= both + kOffset;
-      else
-        carries |= ((both & 0x00ff00ffu) + kOffset) | ((both >> 8 & 0x00ff00ffu) + kOffset);
-    }
-    return (carries & 0x01000100u) != 0;
+  // Whether a scale may need two factors: those from 128 on, of which 128 itself does not.
+  __device__ static bool may_be_wide(const Packed& packed) {
+    return ((packed.scales[0] | packed.scales[1]) & 0x8080u) != 0;
   }
 
   // A computing warpgroup's place in the rings, which goes on from tile to tile.
@@ -363,128 +301,127 @@ struct WgmmaGemm {
     Ring<kXStages> x;
     Ring<kCodeStages> codes;
     Ring<kScaleStages> scales;
-    uint32_t code_offset[2], scale_offset[2];  // of a lane's rows
+    uint32_t code_offset;      // of the row and the block whose address a lane gives to ldmatrix
+    uint32_t scale_offset[2];  // of rows g and g + 8
     int scale_row[2];
-    uint32_t scale[2];  // addresses, of the first step of a stage
-    uint32_t selector;
+    uint32_t scale[2];  // addresses, of the pair of slabs that is next
+    int next_scales;    // slab that needs another stage
 
     __device__ Cursor(const WgmmaArgs& args) {
       const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = args.scale_rows;
+      const int row = warp * 16 + lane % 8 * kFirstRow + lane / 8 % 2 * kSecondRow;
+      // The copy engine swaps the four blocks of a row by bits 1 and 2 of the row's number.
+      code_offset = row * 64 + (lane / 16 ^ row / 2 % 4) * kBlockBytes;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = warp * 16 + lane / 4 * kFirstRow + half * kSecondRow;
-        // The copy engine swaps the four blocks of a row by bits 1 and 2 of the row's number.
-        code_offset[half] = row * 64 + (row / 2 % 4) * kBlockBytes;
-        scale_offset[half] = (row % group * (kTileN / group) + row / group) * kScaleRowBytes;
-        scale_row[half] = row % group * (args.k / kBlockSize);
-        if (kTransposed) {
-          code_offset[half] = (code_offset[half] ^ (lane % 4 / 2 * kBlockBytes)) + lane % 2 * 8;
-          scale_offset[half] += lane % 4 / 2;
-        }
+        const int scale_bytes = args.k / kBlockSize;
+        scale_offset[half] = group ? (row % group * (kTileN / group) + row / group) * kScaleBoxBytes
+                                   : row * scale_bytes;
+        scale_row[half] = group ? row % group * scale_bytes : 0;
       }
-      selector = 0x0404u + lane % 4 * 0x1111u;
     }
   };
 
-  // Step i of the tile, the last one perhaps. Frees what is not needed any more.
-  __device__ static void fetch(const Block& block, Cursor& cursor, int i, bool last,
-                               Packed& packed) {
-    if (i % kStepsPerScales == 0) {
+  // Slab i of the tile, odd or even, the last one perhaps. Frees what is not needed any more.
+  template <int kOdd>
+  __device__ static void fetch(const WgmmaArgs& args, const Block& block, Cursor& cursor, int i,
+                               bool last, Packed& packed) {
+    if (!kOdd && i == cursor.next_scales) {
       ptx::barrier_wait(block.scale_full + 8 * cursor.scales.index, cursor.scales.parity);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         cursor.scale[half] = block.scales(cursor.scales.index) + cursor.scale_offset[half] +
                              first_scale(cursor.scale_row[half], block.begin + i) % 16;
+      cursor.next_scales += args.scale_slabs;
     }
-    const int second = i % kStepsPerCodes;
-    if (!second) ptx::barrier_wait(block.code_full + 8 * cursor.codes.index, cursor.codes.parity);
-    const uint32_t codes = block.codes(cursor.codes.index);
+    if (!kOdd) ptx::barrier_wait(block.code_full + 8 * cursor.codes.index, cursor.codes.parity);
+    packed.codes =
+        ptx::load_matrices(block.codes(cursor.codes.index) + (cursor.code_offset ^ (kOdd * 32)));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int slab = 0; slab < kSlabs; ++slab) {
-        const uint32_t from = codes + (cursor.code_offset[half] ^ ((second + slab) * 32));
-        const uint32_t scale = cursor.scale[half] + 2 * (i % kStepsPerScales * kSlabs + slab);
-        if constexpr (kTransposed) {
-          const uint2 words = ptx::load_shared8(from);
-          packed.codes[slab][half][0].x = words.x;
-          packed.codes[slab][half][0].y = words.y;
-          packed.scales[slab][half] = ptx::load_shared_byte(scale);
-        } else {
-          packed.codes[slab][half][0] = ptx::load_shared16(from);
-          packed.codes[slab][half][1] = ptx::load_shared16(from ^ kBlockBytes);
-          packed.scales[slab][half] = ptx::load_shared2(scale);
-        }
-      }
+      packed.scales[half] = ptx::load_shared2(cursor.scale[half] + 2 * kOdd);
+      if (kOdd) cursor.scale[half] += 4;
     }
-    // Past the end of K codes are zero, but the scales are those of another row.
-    if (last && block.ragged) packed.scales[kSlabs - 1][0] = packed.scales[kSlabs - 1][1] = 0;
-    if (second == kStepsPerCodes - 1 || last) {
+    if (kOdd || last) {
       arrive(block.code_empty + 8 * cursor.codes.index);
       cursor.codes.advance();
-    }
-    if (i % kStepsPerScales == kStepsPerScales - 1 || last) {
-      arrive(block.scale_empty + 8 * cursor.scales.index);
-      cursor.scales.advance();
+      if (last || i + 1 == cursor.next_scales) {
+        arrive(block.scale_empty + 8 * cursor.scales.index);
+        cursor.scales.advance();
+      }
     }
   }
+  static_assert(kSlabsOfCodes == 2 && kSlabsOfScales % 2 == 0);
 
   // Descriptor of operand B: rows of 128 bytes, swizzled, eight rows 1024 bytes apart.
   __device__ static uint64_t descriptor(uint32_t shared) {
     return (uint64_t(1) << 62) | (uint64_t(1024 >> 4) << 32) | (uint64_t(1) << 16) | (shared >> 4);
   }
 
-  // One step: the products of the first kWidth tokens.
+  // One slab: the products of the first kWidth tokens.
   template <int kWidth>
-  __device__ static void multiply_step(const Operand& a, uint64_t x, Sums& sums) {
+  __device__ static void multiply_slab(const Operand& a, uint64_t x, Sums& sums) {
 #pragma unroll
-    for (int k = 0; k < kStep / 16; ++k)
+    for (int k = 0; k < 4; ++k)
       ptx::Wgmma<kWidth>::multiply(reinterpret_cast<float (&)[kWidth / 2]>(sums), a[k],
-                                   x + (k / 4 * kSlabBytes + k % 4 * 32) / 16);
+                                   x + k * 32 / 16);
   }
 
-  __device__ static void multiply_tile(const Block& block, const Tile& tile, Cursor& cursor,
-                                       Sums& sums) {
-    const int steps = block.end - block.begin, width = tile.width();
+  // What the even and the odd slabs of a tile have each.
+  struct Pipeline {
     Packed packed[2];
     Operand operands[2];
-    uint32_t x_empty[2];  // of the steps whose products may be running
-    fetch(block, cursor, 0, steps == 1, packed[0]);
-    for (int first = 0; first < steps; first += 2) {
-#pragma unroll
-      for (int s = 0; s < 2; ++s) {
-        const int i = first + s;
-        if (s && i == steps) break;
-        if (i + 1 < steps) fetch(block, cursor, i + 1, i + 2 == steps, packed[s ^ 1]);
-        if (i > 1) {
-          ptx::wgmma_wait<1>();  // the product before the last one has read its operands
-          arrive(x_empty[s]);
-        }
-        Operand& a = operands[s];
-        if (__builtin_expect(__any_sync(0xffffffffu, is_wide(packed[s])), false))
-          decode<true>(packed[s], cursor.selector, a);
-        else
-          decode<false>(packed[s], cursor.selector, a);
-        ptx::barrier_wait(block.x_ready + 8 * cursor.x.index, cursor.x.parity);
-        ptx::wgmma_fence();
-        const uint64_t x = descriptor(block.x(cursor.x.index));
-        // One copy of this loop: with one for each width, registers are spilled.
-        if (kNarrowest < kNarrower && width == kNarrowest)
-          multiply_step<kNarrowest>(a, x, sums);
-        else if (kNarrower < kTileM && width == kNarrower)
-          multiply_step<kNarrower>(a, x, sums);
-        else
-          multiply_step<kTileM>(a, x, sums);
-        ptx::wgmma_commit();
-        x_empty[s] = block.x_empty + 8 * cursor.x.index;
-        cursor.x.advance();
-      }
+    uint32_t x_empty[2];  // of the slabs whose products may be running
+  };
+
+  template <int kOdd>
+  __device__ static void do_slab(const WgmmaArgs& args, const Block& block, int i, int slabs,
+                                 int width, Cursor& cursor, Pipeline& pipeline, Sums& sums) {
+    Packed& packed = pipeline.packed[kOdd];
+    Operand& a = pipeline.operands[kOdd];
+    ptx::wgmma_wait<1>();  // the product before the last one has read its operands
+    if (i > 1 && (kOdd || kSlabsOfX == 1)) arrive(pipeline.x_empty[kOdd]);
+    if (__builtin_expect(__any_sync(0xffffffffu, may_be_wide(packed)), false))
+      decode<true>(packed, a);
+    else
+      decode<false>(packed, a);
+    if (kSlabsOfX == 1 || !kOdd)
+      ptx::barrier_wait(block.x_full + 8 * cursor.x.index, cursor.x.parity);
+    ptx::wgmma_fence();
+    const uint64_t x =
+        descriptor(block.x(cursor.x.index) + (kSlabsOfX == 2 ? kOdd * kSlabBytes : 0));
+    // One copy of this loop: with one for each width, registers are spilled.
+    if (kNarrowest < kNarrower && width == kNarrowest)
+      multiply_slab<kNarrowest>(a, x, sums);
+    else if (kNarrower < kTileM && width == kNarrower)
+      multiply_slab<kNarrower>(a, x, sums);
+    else
+      multiply_slab<kTileM>(a, x, sums);
+    ptx::wgmma_commit();
+    pipeline.x_empty[kOdd] = block.x_empty + 8 * cursor.x.index;
+    if (kSlabsOfX == 1 || kOdd || i + 1 == slabs) cursor.x.advance();
+    if (i + 2 < slabs) fetch<kOdd>(args, block, cursor, i + 2, i + 3 == slabs, packed);
+  }
+
+  __device__ static void multiply_tile(const WgmmaArgs& args, const Block& block, const Tile& tile,
+                                       Cursor& cursor, Sums& sums) {
+    const int slabs = block.end - block.begin, width = tile.width();
+    Pipeline pipeline;
+    cursor.next_scales = 0;
+    fetch<0>(args, block, cursor, 0, slabs == 1, pipeline.packed[0]);
+    if (slabs > 1) fetch<1>(args, block, cursor, 1, slabs == 2, pipeline.packed[1]);
+    for (int i = 0; i < slabs; i += 2) {
+      do_slab<0>(args, block, i, slabs, width, cursor, pipeline, sums);
+      if (i + 1 == slabs) break;
+      do_slab<1>(args, block, i + 1, slabs, width, cursor, pipeline, sums);
     }
     ptx::wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < kTileM / 2; ++i) ptx::keep_register(sums[i]);
-    arrive(x_empty[0]);
-    if (steps > 1) arrive(x_empty[1]);
+    // Of the last two slabs, which may be those of one stage.
+    arrive(pipeline.x_empty[0]);
+    if (slabs > 1 && (kSlabsOfX == 1 || slabs % 2 == 1)) arrive(pipeline.x_empty[1]);
   }
 
   __device__ static void compute(const WgmmaArgs& args, const WgmmaMaps& maps, const Block& block) {
@@ -492,7 +429,7 @@ struct WgmmaGemm {
     for (int t = block.first_tile; t < block.tiles; t += block.tile_stride) {
       const Tile tile(args, t);
       Sums sums = {};
-      multiply_tile(block, tile, cursor, sums);
+      multiply_tile(args, block, tile, cursor, sums);
       if constexpr (kEpilogue == Epilogue::kGateUp)
         write_hidden(args, block, tile, sums);
       else if constexpr (kEpilogue == Epilogue::kDown)
@@ -628,8 +565,7 @@ struct WgmmaGemm {
   __device__ static void exchange(const WgmmaArgs& args, const WgmmaMaps& maps, const Block& block,
                                   const Tile& tile, Sums& sums) {
     const int warpgroup = threadIdx.x / 128;
-    constexpr int kSlotBytes = kWarpgroups * 128 * 16;
-    ptx::cluster_sync();  // nobody reads its rings any more
+    ptx::cluster_sync_relaxed();  // nobody reads its rings any more
     const uint32_t mine = block.shared + threadIdx.x * 16;
     int owner = 0, turn = 0;
 #pragma unroll
@@ -637,14 +573,15 @@ struct WgmmaGemm {
       float v[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) v[i] = sums[4 * j + i];
-      ptx::store_cluster16(
-          ptx::shared_of_rank(mine + (turn * args.split + block.rank) * kSlotBytes, owner), v);
+      ptx::store_async16(
+          ptx::shared_of_rank(mine + (turn * args.split + block.rank) * kSlotBytes, owner), v,
+          ptx::shared_of_rank(block.exchanged, owner));
       if (++owner == args.split) {
         owner = 0;
         ++turn;
       }
     }
-    ptx::cluster_sync();
+    ptx::barrier_wait(block.exchanged, 0);
     for (int j = block.rank, i = 0; j < kTokenGroups; j += args.split, ++i) {
       float v[4] = {};
       for (int rank = 0; rank < args.split; ++rank) {
@@ -676,8 +613,11 @@ struct WgmmaGemm {
       init_ring(block.x_full, kXStages);
       init_ring(block.code_full, kCodeStages);
       init_ring(block.scale_full, kScaleStages);
-      if (kTransposed)
-        for (int s = 0; s < kXStages; ++s) ptx::barrier_init(block.x_ready + 8 * s, 2);
+      if (args.split > 1) {
+        const int groups = (kTokenGroups - block.rank + args.split - 1) / args.split;
+        ptx::barrier_init(block.exchanged, 1);
+        ptx::barrier_arrive_expect(block.exchanged, groups * args.split * kSlotBytes);
+      }
       ptx::barrier_init_fence();
     } else if (threadIdx.x == 32) {
       ptx::prefetch_tensor_map(&maps.x);
@@ -689,24 +629,19 @@ struct WgmmaGemm {
     if (threadIdx.x < 128 * kWarpgroups) {
       ptx::claim_registers<kComputeRegisters>();
       compute(args, maps, block);
-      return;
-    }
-    ptx::release_registers<kCopyRegisters>();
-    const int thread = threadIdx.x - 128 * kWarpgroups;
-    if (thread == 0)
-      copy_weights(args, maps, block);
-    else if (thread == 32)
-      copy_activations(args, maps, block);
-    else if (kTransposed && thread >= 64)
-      transpose_activations(args, block, thread / 32 - 2);
-    if (args.split > 1) {  // the barriers of a cluster count every thread
+    } else {
+      ptx::release_registers<kCopyRegisters>();
+      const int thread = threadIdx.x - 128 * kWarpgroups;
+      if (thread == 0)
+        copy_weights(args, maps, block);
+      else if (thread == 32)
+        copy_activations(args, maps, block);
       __syncwarp();
-      ptx::cluster_sync();
-      ptx::cluster_sync();
+      if (args.split > 1) ptx::cluster_sync_relaxed();  // which counts every thread
     }
   }
 
-  // The copy engine fills, the computing warps empty. The empty barriers lie behind the full ones.
+  // The copy warps fill, the computing warps empty. The empty barriers lie behind the full ones.
   __device__ static void init_ring(uint32_t full, int stages) {
     for (int s = 0; s < stages; ++s) {
       ptx::barrier_init(full + 8 * s, 1);

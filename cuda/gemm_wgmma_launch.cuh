@@ -75,22 +75,27 @@ cudaError_t launch_config(int split, const GemmArgs& gemm, int multiprocessors,
   const Matrix x = {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, gemm.x, gemm.k, gemm.m, int64_t(gemm.k) * 2};
   const Matrix w = {CU_TENSOR_MAP_DATA_TYPE_UINT8, gemm.weights.blocks, gemm.k / 2,
                     Kernel::kGrouped ? int64_t(gemm.experts) * gemm.n : gemm.n, gemm.k / 2};
-  // A row of a tensor map is a multiple of 16 bytes, so it holds the scales of up to eight rows.
   const int scale_bytes = gemm.k / kBlockSize;
-  args.scale_rows = 1;
-  while (args.scale_rows * scale_bytes % 16) args.scale_rows *= 2;
-  if (w.outer % args.scale_rows) return cudaErrorInvalidValue;
+  args.scales = gemm.weights.scales;
+  args.scale_slabs = Kernel::kSlabsOfScales;
+  // A row of a tensor map is a multiple of 16 bytes, so it holds the scales of up to eight rows.
+  int scale_rows = 1;
+  while (scale_rows * scale_bytes % 16) scale_rows *= 2;
+  if (w.outer % scale_rows) return cudaErrorInvalidValue;
   const Matrix scales = {CU_TENSOR_MAP_DATA_TYPE_UINT8, gemm.weights.scales,
-                         args.scale_rows * scale_bytes, w.outer / args.scale_rows,
-                         args.scale_rows * scale_bytes};
+                         scale_rows * scale_bytes, w.outer / scale_rows, scale_rows * scale_bytes};
+  if (args.split == 1 && scale_bytes <= Kernel::kMaxScaleBytes)
+    args.scale_slabs = gemm.k / 64;  // of the whole tile
+  else
+    args.scale_rows = scale_rows;
   const Matrix out = {CU_TENSOR_MAP_DATA_TYPE_UINT16, gemm.out, gemm.n, gemm.m,
                       int64_t(gemm.n) * 2};
   if (cudaError_t error = encode(&maps.x, x, 64, Kernel::kBoxTokens, CU_TENSOR_MAP_SWIZZLE_128B))
     return error;
   if (cudaError_t error = encode(&maps.w, w, 64, Kernel::kTileN, CU_TENSOR_MAP_SWIZZLE_64B))
     return error;
-  if (cudaError_t error = encode(&maps.scales, scales, Kernel::kScaleRowBytes,
-                                 Kernel::kTileN / args.scale_rows, CU_TENSOR_MAP_SWIZZLE_NONE))
+  if (cudaError_t error = encode(&maps.scales, scales, Kernel::kScaleBoxBytes,
+                                 Kernel::kTileN / scale_rows, CU_TENSOR_MAP_SWIZZLE_NONE))
     return error;
   if (!args.scatter)
     if (cudaError_t error = encode(&maps.out, out, 64, split > 1 ? 8 : Kernel::kStoreTokens,
@@ -99,8 +104,9 @@ cudaError_t launch_config(int split, const GemmArgs& gemm, int multiprocessors,
 
   // How many tiles a grouped product has is known on the device only.
   const int tiles = Kernel::kGrouped ? multiprocessors : args.tiles_m * args.tiles_n;
+  const int at_once = split > 1 ? tiles : multiprocessors;
   cudaLaunchConfig_t launch = {};
-  launch.gridDim = split > 1 ? tiles * split : tiles < multiprocessors ? tiles : multiprocessors;
+  launch.gridDim = (tiles < at_once ? tiles : at_once) * split;
   launch.blockDim = Kernel::kThreads;
   launch.dynamicSmemBytes = Kernel::kSharedBytes;
   launch.stream = stream;

@@ -216,7 +216,7 @@ struct StreamingMoe {
     const int warp = threadIdx.x / 32;
     Ring<Gemm::kStages> ring;
     Ring<2> sum_ring;
-    typename Gemm::Operand x[2];
+    typename Gemm::Tokens x[2];
     typename Gemm::Rows rows;
     for (int index = 0; index < 2 * Waves::count(schedule.count); ++index) {
       const Step step(args, index, schedule.count);
@@ -237,23 +237,22 @@ struct StreamingMoe {
         loaded = segment;
         if (fresh) {
           if (!kAhead) load(segment, 0);
-          x[0] = typename Gemm::Operand(tokens);
+          x[0] = tokens;
           load(segment, 1);
-          if (!kAhead) x[1] = typename Gemm::Operand(tokens);
+          if (!kAhead) x[1] = tokens;
         }
         const uint32_t stage = shared + ring.index * Gemm::kStageBytes;
         typename Gemm::Sums acc = {};
 #pragma unroll
         for (int q = 0; q < 2; ++q) {
           if (kAhead && q == 1) {
-            if (fresh) x[1] = typename Gemm::Operand(tokens);
+            if (fresh) x[1] = tokens;
             if (next != segment && unit + 1 < step.end) load(next, 0);
           }
           const int chunk = warp + Gemm::kWarps * q;
           ptx::barrier_wait(barriers.full + 8 * (ring.index * 2 + q), ring.parity);
           if (chunk < num_chunks)
-            Gemm::template multiply_chunk<true>(blocks_per_row, stage, blocks_per_row, chunk, chunk,
-                                                x[q], acc);
+            Gemm::multiply_chunk(blocks_per_row, stage, blocks_per_row, chunk, chunk, x[q], acc);
         }
         ptx::named_barrier_arrive(Gemm::kEmpty + ring.index, Gemm::kEmptyThreads);
         ptx::barrier_wait(barriers.free + 8 * sum_ring.index, sum_ring.parity ^ 1);

@@ -23,7 +23,7 @@ __device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
 }
 
 // A scale as bf16 multipliers for codes that still carry the exponent bias of a raw bf16 (see
-// decode8). Code bits placed into a bf16 read as value * 2^-126, so the multiplier is
+// raw_pair). Code bits placed into a bf16 read as value * 2^-126, so the multiplier is
 // 2^(byte - 127 + 126). That overflows bf16 from byte 129 on; there the factor is split in two.
 // Released checkpoints hold bytes near 120, so the second product is left to a rare path, which a
 // warp takes or leaves as a whole: a branch per lane would cut the decoding into small blocks.
@@ -49,31 +49,47 @@ __device__ __forceinline__ uint32_t narrow_factor(uint32_t byte) {
   return byte * 0x00800080u + 126u * 0x00800080u;
 }
 
-// Eight codes of one word -> four bf16x2 of exact products with the scale. The halves of a register
-// hold elements four apart, because one AND and one shift then place both at once:
-//   out[0] = {e0, e4}  out[1] = {e1, e5}  out[2] = {e2, e6}  out[3] = {e3, e7}
+// The prepared layout, which `prepare` of the Python package makes of canonical blocks once: word c
+// of a block's four holds the elements 8p + 2c in its lower half and 8p + 2c + 1 in its upper one,
+// p = 0 .. 3, their bits s, e1, e0, m at these places of the half:
 //
-// A code's sign belongs to bit 15 and its e, e, m to bits 8..6, where bf16 keeps its exponent's end
-// and mantissa's top: shifts by two amounts. With kMultiply one multiplication does both, on the
-// FMA pipe; that wins where the logic pipe is the limit, and loses where multiplications already
-// are.
-template <bool kWide, bool kMultiply = false>
-__device__ __forceinline__ void decode8(uint32_t word, const ScaleFactor& scale,
-                                        uint32_t (&out)[4]) {
-  const uint32_t upper = word >> 8;
-#pragma unroll
-  for (int i = 3; i >= 0; --i) {
-    uint32_t raw;
-    if (kMultiply) {
-      const uint32_t codes = (i < 2 ? word : upper) & (i % 2 ? 0x00f000f0u : 0x000f000fu);
-      raw = (codes * (i % 2 ? 0x0104u : 0x1040u)) & 0x81c081c0u;
-    } else {
-      const uint32_t codes = word << (12 - 4 * i);
-      raw = (codes & 0x80008000u) | ((codes & 0x70007000u) >> 6);
-    }
-    out[i] = mul_bf16x2(raw, scale.first);
-    if (kWide) out[i] = mul_bf16x2(out[i], scale.second);
-  }
+//   p = 0   15, 8, 7, 6            a bf16 keeps its sign at bit 15, and at 8..6 the end of its
+//   p = 1   12, 5, 4, 3            exponent and the top of its mantissa: one AND, or a shift
+//   p = 2    9, 2, 1, 0            and an AND, for two elements
+//   p = 3   14, 13, 10, 11, where bit 13 is e1 ^ m
+//
+// What the first three leave free for p = 3 is not the same pattern. Shifted right by 5, its bits
+// are 9 (s), 8 (e1 ^ m), 6 (m) and 5 (e0); the product with 1 + 4 + 64 adds them two and six places
+// higher: e0 comes to 7, s to 15, and at 8 the second m restores e1. Carries go no further than
+// from 8 to 13, where nothing is added.
+//
+// Word c is what lane c of a quad needs of a tensor-core operand whose K has its natural order. The
+// result, a bf16 pair, reads as value * 2^-126.
+template <int kGroup>
+__device__ __forceinline__ uint32_t raw_pair(uint32_t word) {
+  static_assert(kGroup >= 0 && kGroup < 4);
+  constexpr uint32_t kCode = 0x81c081c0u;
+  if constexpr (kGroup < 3)
+    return (word << (3 * kGroup)) & kCode;
+  else
+    return ((word >> 5 & 0x03600360u) * (1 + 4 + 64)) & kCode;
+}
+
+// Two elements, exactly.
+template <int kGroup, bool kWide>
+__device__ __forceinline__ uint32_t decode_pair(uint32_t word, const ScaleFactor& scale) {
+  const uint32_t pair = mul_bf16x2(raw_pair<kGroup>(word), scale.first);
+  return kWide ? mul_bf16x2(pair, scale.second) : pair;
+}
+
+// Elements 8p .. 8p + 7 of a block, in pairs.
+template <int kGroup, bool kWide>
+__device__ __forceinline__ void decode_group(const uint4& block, const ScaleFactor& scale,
+                                             uint32_t (&out)[4]) {
+  out[0] = decode_pair<kGroup, kWide>(block.x, scale);
+  out[1] = decode_pair<kGroup, kWide>(block.y, scale);
+  out[2] = decode_pair<kGroup, kWide>(block.z, scale);
+  out[3] = decode_pair<kGroup, kWide>(block.w, scale);
 }
 
 __device__ __forceinline__ float e8m0_to_float(uint32_t byte) {

@@ -178,20 +178,15 @@ __device__ __forceinline__ void store_matrix_transposed(uint32_t shared, uint32_
                : "memory");
 }
 
-// Four matrices of 8 x 8 of 16 bits: lanes 8i..8i+7 have the addresses of the rows of matrix i.
-__device__ __forceinline__ uint4 load_matrices_transposed(uint32_t shared) {
+// Four matrices of 8 x 8 of 16 bits: lanes 8i..8i+7 have the addresses of the rows of matrix i, and
+// lane l gets word l % 4 of row l / 4 of each.
+__device__ __forceinline__ uint4 load_matrices(uint32_t shared) {
   uint4 v;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "r"(shared)
                : "memory");
   return v;
-}
-
-__device__ __forceinline__ void store_matrices(uint32_t shared, const uint4& v) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(shared),
-               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
 }
 
 __device__ __forceinline__ uint32_t cluster_rank() {
@@ -200,11 +195,11 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// All threads of all thread blocks of a cluster; orders their shared-memory accesses.
-__device__ __forceinline__ void cluster_sync() {
+// All threads of all thread blocks of a cluster have come here; orders no memory accesses.
+__device__ __forceinline__ void cluster_sync_relaxed() {
   asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;\n" ::
+      "barrier.cluster.arrive.relaxed.aligned;\n"
+      "barrier.cluster.wait.aligned;\n" ::
           : "memory");
 }
 
@@ -215,10 +210,15 @@ __device__ __forceinline__ uint32_t shared_of_rank(uint32_t shared, int rank) {
   return address;
 }
 
-__device__ __forceinline__ void store_cluster16(uint32_t address, const float (&v)[4]) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "f"(v[0]),
-               "f"(v[1]), "f"(v[2]), "f"(v[3])
-               : "memory");
+// 16 bytes to a thread block of the cluster, whose barrier counts them: the data and the news of it
+// in one, without a fence.
+__device__ __forceinline__ void store_async16(uint32_t address, const float (&v)[4],
+                                              uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
+      "[%0], {%1, %2, %3, %4}, [%5];\n" ::"r"(address),
+      "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(barrier)
+      : "memory");
 }
 
 // Registers move from warpgroups that copy to those that compute.
@@ -264,15 +264,6 @@ __device__ __forceinline__ uint32_t load_shared4(uint32_t shared) {
 __device__ __forceinline__ uint32_t load_shared2(uint32_t shared) {
   uint16_t v;
   asm volatile("ld.shared.u16 %0, [%1];\n" : "=h"(v) : "r"(shared) : "memory");
-  return v;
-}
-
-__device__ __forceinline__ uint2 load_shared8(uint32_t shared) {
-  uint2 v;
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];\n"
-               : "=r"(v.x), "=r"(v.y)
-               : "r"(shared)
-               : "memory");
   return v;
 }
 

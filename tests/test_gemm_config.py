@@ -29,7 +29,9 @@ def select():
 def test_named_shapes_stream_up_to_16_tokens(select, name):
     for m in MS:
         config = select(m, *SHAPES[name], H100, H100)
-        assert config["kind"] == ("streaming" if m <= 16 else "wgmma")
+        # 28672 rows fill the GPU with tiles of 256, which read the activations of a long K less.
+        streams = m <= (8 if name == "llama70b_up" else 16)
+        assert config["kind"] == ("streaming" if streams else "wgmma")
         assert config["tile_m"] >= min(m, 8)
 
 
