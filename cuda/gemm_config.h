@@ -66,13 +66,13 @@ inline constexpr GemmConfig kGemmConfigs[] = {
     // 192 or 256 rows fill the GPU as evenly as N allows. Four warpgroups hide latencies best; more
     // sums leave room for three or two.
     {GemmKind::kWgmma, 16, 1, 16, 1, 1, 8, 0.42f},
-    {GemmKind::kWgmma, 32, 1, 8, 1, 1, 10, 0.26f},
-    {GemmKind::kWgmma, 32, 1, 12, 1, 1, 8, 0.37f},
-    {GemmKind::kWgmma, 32, 1, 16, 1, 1, 7, 0.43f},
+    {GemmKind::kWgmma, 32, 1, 8, 1, 1, 10, 0.255f},
+    {GemmKind::kWgmma, 32, 1, 12, 1, 1, 8, 0.365f},
+    {GemmKind::kWgmma, 32, 1, 16, 1, 1, 7, 0.44f},
     {GemmKind::kWgmma, 64, 1, 8, 1, 1, 7, 0.30f},
     {GemmKind::kWgmma, 64, 1, 12, 1, 1, 5, 0.46f},
     {GemmKind::kWgmma, 64, 1, 16, 1, 1, 4, 0.53f},
-    {GemmKind::kWgmma, 96, 1, 12, 1, 1, 7, 0.62f},
+    {GemmKind::kWgmma, 96, 1, 12, 1, 1, 7, 0.53f},
     {GemmKind::kWgmma, 128, 1, 8, 1, 1, 7, 0.41f},
     {GemmKind::kWgmma, 128, 1, 12, 1, 1, 6, 0.58f},
     // Each decoded weight serves 192 or 256 tokens.

@@ -90,7 +90,7 @@ def test_streaming_covers_all_tokens_and_whole_tiles(select):
     [
         (5120, 16),  # 320 tiles of 16 on 132: at most 48 rows each; of 32: 64
         (2880, 32),  # 32 rows each either way, and wider tiles read the activations less often
-        (201088, 32),
+        (201088, 16),  # many tiles: sixteen warps, which stay busy from one to the next
     ],
 )
 def test_tiles_balance_the_multiprocessors(select, n, tile_n):

@@ -171,9 +171,12 @@ int main() {
   for (int k : {64, 320, 2880})
     for (int n : {104, 1000, 9000})
       for (int m : {17, 65, 130, 300}) calls += run_matmul(DType::kBF16, m, n, k);
-  // Three warpgroups whose stages are used again.
+  // Every tile, of one block after the other and of clusters, with scales in one copy and in boxes.
   for (int m : {17, 33, 65, 100}) calls += run_matmul(DType::kBF16, m, 25000, 1152);
-  calls += run_matmul(DType::kBF16, 64, 28672, 128) + run_matmul(DType::kBF16, 1000, 9000, 192);
+  for (int m : {32, 64, 128, 192, 256}) calls += run_matmul(DType::kBF16, m, 33792, 192);
+  for (int m : {64, 192}) calls += run_matmul(DType::kBF16, m, 16896, 3200);
+  for (int m : {96, 256}) calls += run_matmul(DType::kBF16, m, 5120, 3200);
+  calls += run_matmul(DType::kBF16, 16, 25600, 4160) + run_matmul(DType::kBF16, 1000, 9000, 192);
   for (DType type : types)
     for (int tokens : {1, 5, 70, 300})
       for (int experts : {1, 4, 33}) {
