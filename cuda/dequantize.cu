@@ -42,14 +42,8 @@ struct Canonical {
   }
 };
 
-// Prepared: word c of a block holds the pairs {8p + 2c, 8p + 2c + 1}, p = 0..3, element 8p + 2c + h
-// in half h. A shift by 3p and a mask make a raw pair of p < 3; p = 3 lies in the bits left over:
-//
-//   bit of the half    15 14 13 12 11 10  9  8  7  6  5  4  3  2  1  0
-//   codes s, e, f, m   s0 s3  x s1 m3 f3 s2 e0 f0 m0 e1 f1 m1 e2 f2 m2     x = e3 ^ m3
-//
-// and needs a multiplication by 1 + 4 + 64, in which x + m3 gives e3. Lanes of different p share an
-// instruction, hence one formula for all of them.
+// Prepared (mxfp4.cuh): word c has a pair of every group p = 0 .. 3 of 8 elements. Lanes of
+// different p share an instruction, hence one formula for what raw_pair does in two.
 template <unsigned kElements>
 struct Prepared {
   static constexpr unsigned kWords = kElements / 2;

@@ -2,8 +2,8 @@
 // reads device data on the host, so every call can be captured into a CUDA graph.
 //
 // Packed weights: blocks [.., K/32, 16] and scales [.., K/32], rows contiguous, pointers aligned to
-// 16 bytes. K is a positive multiple of 32. Codes lie in their blocks in canonical order, or where
-// a call has `prepared` and it is true, in prepared order (dequantize.cu draws it).
+// 16 bytes. K is a positive multiple of 32. Codes lie in their blocks in prepared order
+// (mxfp4.cuh); where a call has `prepared` and it is false, in canonical order.
 #pragma once
 
 #include <cuda_runtime_api.h>

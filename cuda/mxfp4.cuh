@@ -98,11 +98,4 @@ __device__ __forceinline__ float e8m0_to_float(uint32_t byte) {
   return __uint_as_float(byte << 23);
 }
 
-// Exact: the code's bits read as value * 2^-126 in f32, and both products are powers of two.
-// Beyond the largest f32 the result is Inf (IEEE; the specification leaves it open).
-__device__ __forceinline__ float e2m1_to_float(uint32_t code, float scale) {
-  float raw = __uint_as_float(((code & 8u) << 28) | ((code & 7u) << 22));
-  return (raw * 0x1p126f) * scale;
-}
-
 }  // namespace jax_mxfp4

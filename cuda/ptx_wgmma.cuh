@@ -12,18 +12,6 @@ template <int kN>
 struct Wgmma;
 
 template <>
-struct Wgmma<8> {
-  static __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3}, "
-      "{%4, %5, %6, %7}, %8, 1, 1, 1, 0;\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-  }
-};
-
-template <>
 struct Wgmma<16> {
   static __device__ __forceinline__ void multiply(float (&d)[8], const uint32_t (&a)[4], uint64_t b) {
     asm volatile(
