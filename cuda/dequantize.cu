@@ -58,9 +58,9 @@ struct Prepared {
   // All pieces of a thread have the same place in their blocks.
   __device__ explicit Prepared(unsigned piece) {
     const unsigned p = piece * kElements / 8 % 4;
-    shift = p == 3 ? 5 : 0;
-    mask = p == 3 ? 0x03600360u : 0xffffffffu;
-    factor = p == 3 ? 69 : 1u << 3 * p;
+    shift = p == 3 ? kLastShift : 0;
+    mask = p == 3 ? kLastBits : 0xffffffffu;
+    factor = p == 3 ? kLastFactor : 1u << 3 * p;
   }
 
   // The four (of 32-bit elements: eight) threads of a block read the same 16 bytes: one request of
@@ -76,7 +76,7 @@ struct Prepared {
   }
 
   __device__ uint32_t raw_pair(const Codes& codes, unsigned i) const {
-    return (((codes.words[i] >> shift) & mask) * factor) & 0x81c081c0u;
+    return (((codes.words[i] >> shift) & mask) * factor) & kRawBits;
   }
 };
 

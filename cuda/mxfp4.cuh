@@ -65,14 +65,16 @@ __device__ __forceinline__ uint32_t narrow_factor(uint32_t byte) {
 //
 // Word c is what lane c of a quad needs of a tensor-core operand whose K has its natural order. The
 // result, a bf16 pair, reads as value * 2^-126.
+constexpr uint32_t kRawBits = 0x81c081c0u;
+constexpr uint32_t kLastShift = 5, kLastBits = 0x03600360u, kLastFactor = 1 + 4 + 64;  // p = 3
+
 template <int kGroup>
 __device__ __forceinline__ uint32_t raw_pair(uint32_t word) {
   static_assert(kGroup >= 0 && kGroup < 4);
-  constexpr uint32_t kCode = 0x81c081c0u;
   if constexpr (kGroup < 3)
-    return (word << (3 * kGroup)) & kCode;
+    return (word << (3 * kGroup)) & kRawBits;
   else
-    return ((word >> 5 & 0x03600360u) * (1 + 4 + 64)) & kCode;
+    return ((word >> kLastShift & kLastBits) * kLastFactor) & kRawBits;
 }
 
 // Two elements, exactly.
