@@ -26,6 +26,8 @@ const char* name_of(jax_mxfp4::GemmKind kind) {
       return "streaming";
     case jax_mxfp4::GemmKind::kWgmma:
       return "wgmma";
+    case jax_mxfp4::GemmKind::kOneToken:
+      return "one_token";
     default:
       return "tiled";
   }
@@ -52,10 +54,10 @@ nb::dict select_gemm(int64_t m, int64_t n, int64_t k, int streaming_multiprocess
   return describe(choice.config, choice.split);
 }
 
-nb::dict select_moe(int64_t pairs, int64_t experts, int64_t d, int64_t inner,
+nb::dict select_moe(int64_t tokens, int64_t top_k, int64_t experts, int64_t d, int64_t inner,
                     int streaming_multiprocessors, int wgmma_multiprocessors) {
-  return describe(jax_mxfp4::select_moe(
-                      {pairs, experts, d, inner, streaming_multiprocessors, wgmma_multiprocessors}),
+  return describe(jax_mxfp4::select_moe({tokens, top_k, experts, d, inner,
+                                         streaming_multiprocessors, wgmma_multiprocessors}),
                   1);
 }
 
@@ -86,7 +88,8 @@ NB_MODULE(_native, m) {
   m.def("select_gemm", &select_gemm, nb::arg("m"), nb::arg("n"), nb::arg("k"),
         nb::arg("streaming_multiprocessors"), nb::arg("wgmma_multiprocessors"),
         "The compiled configuration that serves y[m, n] = x[m, k] w[n, k]^T.");
-  m.def("select_moe", &select_moe, nb::arg("pairs"), nb::arg("experts"), nb::arg("d"),
-        nb::arg("inner"), nb::arg("streaming_multiprocessors"), nb::arg("wgmma_multiprocessors"),
+  m.def("select_moe", &select_moe, nb::arg("tokens"), nb::arg("top_k"), nb::arg("experts"),
+        nb::arg("d"), nb::arg("inner"), nb::arg("streaming_multiprocessors"),
+        nb::arg("wgmma_multiprocessors"),
         "The compiled configuration that serves both products of an expert layer.");
 }

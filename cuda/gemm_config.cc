@@ -24,9 +24,18 @@ int64_t padded_k(const GemmConfig& config, const GemmShape& shape) {
   return ceil_div(shape.k, stage) * stage;
 }
 
-// Rows that the busiest multiprocessor gets: what the slowest one streams is the time.
-int64_t rows_of_busiest(const GemmConfig& config, const GemmShape& shape) {
-  return ceil_div(shape.n / config.tile_n(), shape.streaming_multiprocessors) * config.tile_n();
+bool is_one_stage(const GemmConfig& config, const GemmShape& shape) {
+  return padded_k(config, shape) == 128 * config.stage_chunks();
+}
+
+// What the busiest multiprocessor reads, in bytes from memory: the weights of its tiles and, if K
+// takes several stages, for each tile all activations again. Those come from L2, at a fifth of the
+// cost.
+float streaming_cost(const GemmConfig& config, const GemmShape& shape) {
+  constexpr float kWeight = 17.0f / 32, kActivation = 2 * 0.2f;
+  const int64_t tiles = ceil_div(shape.n / config.tile_n(), shape.streaming_multiprocessors);
+  const float activations = is_one_stage(config, shape) ? 0.0f : kActivation * float(config.tile_m);
+  return float(tiles * padded_k(config, shape)) * (kWeight * float(config.tile_n()) + activations);
 }
 
 int select_streaming(const GemmShape& shape) {
@@ -42,16 +51,16 @@ int select_streaming(const GemmShape& shape) {
       continue;
     }
     const GemmConfig& other = kGemmConfigs[best];
-    // The smallest token tile, then the stage that K fits best, then balance; of two equals the
-    // later has more rows, so each activation read serves more weights.
+    // The smallest token tile, then K in one stage, then what has to be read; of two equals the
+    // later has more rows or smaller stages.
     if (config.tile_m != other.tile_m) continue;
     if (many && config.rows == 1 && config.warps_k == 16) return i;
-    const int64_t padded = padded_k(config, shape), best_padded = padded_k(other, shape);
-    if (padded != best_padded) {
-      if (padded < best_padded) best = i;
+    const bool one_stage = is_one_stage(config, shape);
+    if (one_stage != is_one_stage(other, shape)) {
+      if (one_stage) best = i;
       continue;
     }
-    if (rows_of_busiest(config, shape) <= rows_of_busiest(other, shape)) best = i;
+    if (streaming_cost(config, shape) <= streaming_cost(other, shape)) best = i;
   }
   return best;
 }
@@ -77,6 +86,16 @@ int64_t clusters_at_once(int multiprocessors, int split) {
   return 16 / split * (multiprocessors / 16) * 15 / 16;
 }
 
+// The same where all thread blocks share all tiles: slabs in equal runs, and parts of tiles to hand
+// over instead of a last wave that is not full. Measurements scatter around this by some percent:
+// a little is added, so that only what surely gains is shared.
+float shared_us(const GemmConfig& config, const GemmShape& shape, int64_t tiles) {
+  constexpr float kLaunch = 0.9f, kTile = 3.2f, kHandOver = 7.0f, kDoubt = 1.02f;
+  const float tiles_of_block = float(tiles) / float(shape.wgmma_multiprocessors);
+  return kDoubt * (kLaunch + tiles_of_block * float(shape.k / 64) * config.step_us +
+                   (tiles_of_block + 1) * kTile + kHandOver);
+}
+
 constexpr int kSplits[] = {1, 2, 3, 4, 5, 8};
 
 GemmChoice select_wgmma(const GemmShape& shape) {
@@ -86,6 +105,15 @@ GemmChoice select_wgmma(const GemmShape& shape) {
     const GemmConfig& config = kGemmConfigs[i];
     if (config.kind != GemmKind::kWgmma) continue;
     const int64_t tiles = ceil_div(shape.m, config.tile_m) * ceil_div(shape.n, config.tile_n());
+    // With fewer tiles than thread blocks, parts would only come when their readers are done, too.
+    if (can_share_tiles(config) && tiles >= shape.wgmma_multiprocessors &&
+        shape.wgmma_multiprocessors <= kMaxSharers) {
+      const float us = shared_us(config, shape, tiles);
+      if (best.config < 0 || us < best_us) {
+        best = {i, kShareTiles};
+        best_us = us;
+      }
+    }
     for (const int split : kSplits) {
       if (split > 1 && (tiles > clusters_at_once(shape.wgmma_multiprocessors, split) ||
                         split > ceil_div(shape.k, 128)))
@@ -154,13 +182,24 @@ int select_grouped_wgmma(const MoeShape& shape, double mean) {
   return best;
 }
 
+// Whether one token's kernel can copy the scales of eight rows of down, and hold K in one stage.
+bool fits_one_token(const GemmConfig& config, const MoeShape& shape) {
+  const int64_t stage = 128 * config.stage_chunks();
+  return config.kind == GemmKind::kOneToken && shape.streaming_multiprocessors > 0 &&
+         shape.tokens == 1 && shape.top_k <= kOneTokenPairs && shape.d <= stage &&
+         shape.inner <= kOneTokenMaxInner && shape.inner % 64 == 0;
+}
+
 }  // namespace
 
 int select_moe(const MoeShape& shape) {
-  const double mean = double(shape.pairs) / double(shape.experts);
+  for (int i = 0; i < kNumGemmConfigs; ++i)
+    if (fits_one_token(kGemmConfigs[i], shape)) return i;
+  const int64_t pairs = shape.tokens * shape.top_k;
+  const double mean = double(pairs) / double(shape.experts);
   // Beyond some tokens an expert's second tile costs more than the wgmma kernels' launches
   // (measured: 12); up to half of a tile's tokens few experts have a second one.
-  if (shape.streaming_multiprocessors > 0 && shape.pairs <= kStreamingMoePairs &&
+  if (shape.streaming_multiprocessors > 0 && pairs <= kStreamingMoePairs &&
       shape.experts <= kStreamingMoeExperts && mean <= 12) {
     int best = -1;
     for (int i = 0; i < kNumGemmConfigs; ++i) {
@@ -175,7 +214,7 @@ int select_moe(const MoeShape& shape) {
   }
   if (shape.wgmma_multiprocessors > 0 && mean > 4 && shape.d % 64 == 0 && shape.inner % 64 == 0)
     return select_grouped_wgmma(shape, mean);
-  return select_gemm({ceil_div(shape.pairs, shape.experts), 2 * shape.inner, shape.d, 0, 0}).config;
+  return select_gemm({ceil_div(pairs, shape.experts), 2 * shape.inner, shape.d, 0, 0}).config;
 }
 
 }  // namespace jax_mxfp4

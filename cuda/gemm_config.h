@@ -22,6 +22,7 @@ enum class GemmKind {
   kStreaming,  // gemm_streaming.cuh: a thread block per multiprocessor, bulk copies, sm_90 and
                // later
   kWgmma,      // gemm_wgmma.cuh: warpgroups, sm_90 only
+  kOneToken,   // moe_one_token.cu: as kStreaming, one launch for a token's expert layer
 };
 
 struct GemmConfig {
@@ -54,6 +55,10 @@ inline constexpr GemmConfig kGemmConfigs[] = {
     {GemmKind::kStreaming, 8, 2, 1, 12, 2, 3},
     {GemmKind::kStreaming, 8, 1, 1, 16, 2, 4},
     {GemmKind::kStreaming, 8, 2, 1, 16, 2, 2},
+    // Longer K: smaller stages, more of them. Every tile reads all activations again, so 64 rows
+    // where these tiles, too, are the same number for each multiprocessor.
+    {GemmKind::kStreaming, 8, 2, 1, 16, 1, 4},
+    {GemmKind::kStreaming, 8, 4, 1, 12, 1, 3},
     // Up to 16 tokens, K in one stage: twice the activation registers, so no 16-warp variant.
     {GemmKind::kStreaming, 16, 1, 1, 12, 2, 5},
     {GemmKind::kStreaming, 16, 2, 1, 12, 2, 2},
@@ -62,9 +67,8 @@ inline constexpr GemmConfig kGemmConfigs[] = {
     {GemmKind::kStreaming, 16, 2, 1, 8, 2, 3},
     {GemmKind::kStreaming, 16, 4, 1, 8, 1, 3},
     // Beyond 8 tokens with long K, and more: the time of a step falls with the tokens, tiles of
-    // 128,
-    // 192 or 256 rows fill the GPU as evenly as N allows. Four warpgroups hide latencies best; more
-    // sums leave room for three or two.
+    // 128, 192 or 256 rows fill the GPU as evenly as N allows. Four warpgroups hide latencies best;
+    // more sums leave room for three or two.
     {GemmKind::kWgmma, 16, 1, 16, 1, 1, 8, 0.42f},
     {GemmKind::kWgmma, 32, 1, 8, 1, 1, 10, 0.255f},
     {GemmKind::kWgmma, 32, 1, 12, 1, 1, 8, 0.365f},
@@ -78,6 +82,9 @@ inline constexpr GemmConfig kGemmConfigs[] = {
     // Each decoded weight serves 192 or 256 tokens.
     {GemmKind::kWgmma, 192, 1, 8, 1, 1, 5, 0.53f},
     {GemmKind::kWgmma, 256, 1, 8, 1, 1, 4, 0.715f},
+    // The expert layer of one token: what is left to do when the last weights have come counts, so
+    // K is split between as many warps as there are registers for.
+    {GemmKind::kOneToken, 8, 2, 1, 24, 1, 3},
 };
 inline constexpr int kNumGemmConfigs = sizeof(kGemmConfigs) / sizeof(kGemmConfigs[0]);
 
@@ -90,19 +97,28 @@ constexpr bool is_grouped_wgmma(const GemmConfig& config) {
   return config.kind == GemmKind::kWgmma &&
          (config.tile_m == 256 || (config.tile_m >= 32 && config.tile_n() == 192));
 }
+inline constexpr int kOneTokenPairs = 4, kOneTokenMaxInner = 3072;
 inline constexpr int kStreamingMoePairs = 512;
 inline constexpr int kStreamingMoeExperts = 512;
 
+// Parts of smaller tiles would be too many for what handing them over costs.
+constexpr bool can_share_tiles(const GemmConfig& config) {
+  return config.kind == GemmKind::kWgmma && config.tile_m >= 128;
+}
+inline constexpr int kShareTiles = 0, kMaxSharers = 144;  // multiprocessors of any sm_90
+
 struct GemmChoice {
   int config;  // index into kGemmConfigs
-  int split;   // thread blocks that split K of one tile; 1 but for wgmma
+  // Thread blocks that split K of one tile, 1 but for wgmma; kShareTiles: all of the GPU's take
+  // equal parts of all tiles.
+  int split;
 };
 
 // The result depends on the shape alone: equal shapes give equal bits.
 GemmChoice select_gemm(const GemmShape& shape);
 
 struct MoeShape {
-  int64_t pairs;  // tokens * top_k
+  int64_t tokens, top_k;
   int64_t experts;
   int64_t d, inner;
   int streaming_multiprocessors, wgmma_multiprocessors;  // as for GemmShape

@@ -56,6 +56,7 @@ struct StreamingGemm {
   static constexpr int kBarrierOffset = kBiasOffset + kBiases * kBiasBytes;
   static constexpr int kSharedBytes = kBarrierOffset + (kPieces + 2) * 8;
   static_assert(kStride % 128 == 64 && kStageBytes % 16 == 0 && kSharedBytes <= 227 * 1024);
+  static_assert(kRowScales % 16 == 0);  // the least that a bulk copy moves
 
   struct Barriers {
     uint32_t full, free;  // arrays of kPieces and 2
@@ -77,22 +78,23 @@ struct StreamingGemm {
     return (args.k + 2 * kRowBytes - 1) / (2 * kRowBytes);
   }
 
-  // One copy warp's share of a stage: rows producer, producer + kProducers, ... of the tile that
-  // starts at `first_row`, announced piece by piece to the barriers at `full`; with the
-  // first slice also the tile's bias.
+  // One copy warp's share of a stage: rows producer, producer + kProducers, ... of the `tile_rows`
+  // from `first_row` on, announced piece by piece to the barriers at `full`; with the first slice
+  // also their bias.
   __device__ static void copy_stage(const PackedWeights& weights, const Bias& bias, int k,
-                                    int64_t first_row, int slice, int num_slices, uint32_t stage,
-                                    uint32_t bias_slot, uint32_t full, int producer) {
+                                    int64_t first_row, int tile_rows, int slice, int num_slices,
+                                    uint32_t stage, uint32_t bias_slot, uint32_t full,
+                                    int producer) {
     const int lane = threadIdx.x % 32;
     const int row = producer + kProducers * lane;
-    const bool copies = row < kTileN;
-    const int rows = (kTileN - producer + kProducers - 1) / kProducers;
+    const bool copies = row < tile_rows;
+    const int rows = (tile_rows - producer + kProducers - 1) / kProducers;
     const int blocks_per_row = k / kBlockSize;
     const int scales = min(kRowScales, blocks_per_row - slice * kRowScales);
     const int64_t first_block = first_row * blocks_per_row;
     const int64_t block = first_block + int64_t(row) * blocks_per_row + slice * kRowScales;
     const bool copies_bias = bias.data && slice == 0 && producer == 0;
-    const int bias_bytes = kTileN * size_of(bias.type);
+    const int bias_bytes = tile_rows * size_of(bias.type);
 #pragma unroll
     for (int q = 0; q < kChunks; ++q, full += 8) {
       const int offset = q * kPieceBytes;
@@ -100,7 +102,7 @@ struct StreamingGemm {
       const int bytes = max(0, min(kPieceBytes, k / 2 - slice * kRowBytes - offset));
       const int scale_bytes = q > 0            ? 0
                               : num_slices > 1 ? rows * scales
-                              : producer == 0  ? kTileN * scales
+                              : producer == 0  ? tile_rows * scales
                                                : 0;
       const int announced = rows * bytes + scale_bytes + (q == 0 && copies_bias ? bias_bytes : 0);
       if (lane == 0) ptx::barrier_arrive_expect(full, announced);
@@ -111,7 +113,8 @@ struct StreamingGemm {
             ptx::bulk_copy(stage + kScaleOffset + row * kRowScales, weights.scales + block, scales,
                            full);
         } else if (lane == 0 && producer == 0) {
-          ptx::bulk_copy(stage + kScaleOffset, weights.scales + first_block, kTileN * scales, full);
+          ptx::bulk_copy(stage + kScaleOffset, weights.scales + first_block, tile_rows * scales,
+                         full);
         }
       }
       if (q == 0 && copies_bias && lane == 1)
@@ -139,8 +142,8 @@ struct StreamingGemm {
     for (int tile = blockIdx.x; tile < args.n / kTileN; tile += gridDim.x, bias_ring.advance()) {
       for (int slice = 0; slice < num_slices; ++slice, ring.advance()) {
         wait_empty(ring, fill);
-        copy_stage(args.weights, args.bias, args.k, int64_t(tile) * kTileN, slice, num_slices,
-                   shared + ring.index * kStageBytes, bias_slot(shared, bias_ring),
+        copy_stage(args.weights, args.bias, args.k, int64_t(tile) * kTileN, kTileN, slice,
+                   num_slices, shared + ring.index * kStageBytes, bias_slot(shared, bias_ring),
                    barriers.full + 8 * kChunks * ring.index, producer);
       }
     }

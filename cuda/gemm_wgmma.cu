@@ -10,8 +10,13 @@ cudaError_t launch(int config, int split, const GemmArgs& args, int multiprocess
     return cudaErrorInvalidValue;
   } else {
     if constexpr (kGemmConfigs[kConfig].kind == GemmKind::kWgmma)
-      if (config == kConfig)
-        return launch_config<kConfig, Epilogue::kDense>(split, args, multiprocessors, stream);
+      if (config == kConfig) {
+        if constexpr (can_share_tiles(kGemmConfigs[kConfig]))
+          if (split == kShareTiles)
+            return launch_config<kConfig, Epilogue::kDense, true>(1, args, multiprocessors, stream);
+        if (split >= 1)
+          return launch_config<kConfig, Epilogue::kDense>(split, args, multiprocessors, stream);
+      }
     return launch<kConfig + 1>(config, split, args, multiprocessors, stream);
   }
 }

@@ -21,6 +21,8 @@
 //
 // Where tiles are too few for the GPU, the thread blocks of a cluster split K and exchange their
 // sums through distributed shared memory; each adds its part of the tile in the order of ranks.
+// Where they leave a last wave that is far from full, all thread blocks share all tiles: each takes
+// an equal run of slabs, and parts of tiles go through device memory to who has the beginning.
 #pragma once
 
 #include <cuda.h>
@@ -54,7 +56,15 @@ struct WgmmaMaps {     // boxes are {inner, outer}
   CUtensorMap out;     // 16-bit [m, n], {64, kStoreTokens}, or {64, 8} where K is split
 };
 
-template <int kConfig, Epilogue kEpilogue>
+// Where all thread blocks share all tiles: of each at most one part of a tile, for the thread block
+// that has the tile's beginning, and whether its warpgroups have written it; who reads a part
+// resets that. Kernels that use this are cooperative launches that fill the GPU: one runs at a
+// time.
+constexpr int kMaxPart = 256 * 128;
+static __device__ float4 g_parts[kMaxSharers][kMaxPart / 4];
+static __device__ unsigned g_part_written[kMaxSharers][4];
+
+template <int kConfig, Epilogue kEpilogue, bool kShared = false>
 struct WgmmaGemm {
   static constexpr bool kGrouped = kEpilogue != Epilogue::kDense;
   // Rows of W in a lane: kFirstRow * g, and kSecondRow further on.
@@ -121,8 +131,7 @@ struct WgmmaGemm {
     uint32_t x_full, x_empty, code_full, code_empty, scale_full, scale_empty;
     uint32_t exchanged;  // barrier: all sums of the part that this thread block adds have come
     int rank;            // in its cluster
-    int begin, end;      // slabs
-    int first_tile, tile_stride, tiles;
+    int slabs, tiles;    // of a tile, and how many of them
 
     __device__ explicit Block(const WgmmaArgs& args, char* memory) {
       const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
@@ -135,11 +144,7 @@ struct WgmmaGemm {
       scale_empty = scale_full + 8 * kScaleStages;
       exchanged = scale_empty + 8 * kScaleStages;
       rank = args.split > 1 ? int(ptx::cluster_rank()) : 0;
-      const int slabs = args.k / 64;
-      begin = slabs * rank / args.split;
-      end = slabs * (rank + 1) / args.split;
-      first_tile = blockIdx.x / args.split;
-      tile_stride = gridDim.x / args.split;
+      slabs = args.k / 64;
       tiles = (kGrouped ? __ldg(args.tile_count) : args.tiles_m) * args.tiles_n;
     }
     __device__ uint32_t x(int stage) const { return shared + stage * kXBytes; }
@@ -150,6 +155,45 @@ struct WgmmaGemm {
     // One kilobyte: eight tokens of 64 rows, 16 bytes swizzled within 128.
     __device__ uint32_t staging(int warpgroup, int slot) const {
       return shared + kStagingOffset + (warpgroup * kStagedGroups + slot) * 1024;
+    }
+  };
+
+  // The tiles of a thread block one after the other, and which slabs of each are its own. All in
+  // values: with references to what they come from, the compiler no longer sees that the main loop
+  // is the same for all lanes, and it takes 5 % longer.
+  struct Walk {
+    int tile, begin, end;
+    int stride, tiles, slabs;  // of the whole product; slabs of one tile
+    int left;                  // shared: slabs from `begin` on, of all tiles
+
+    // Shared: the slabs of all tiles, one tile after the other, in equal runs.
+    __device__ static int first_slab(const Block& block, int rank) {
+      return int(int64_t(block.tiles) * block.slabs * rank / gridDim.x);
+    }
+    __device__ Walk(const WgmmaArgs& args, const Block& block)
+        : stride(gridDim.x / args.split), tiles(block.tiles), slabs(block.slabs) {
+      if constexpr (kShared) {
+        const int first = first_slab(block, blockIdx.x);
+        left = first_slab(block, blockIdx.x + 1) - first;
+        tile = first / block.slabs;
+        begin = first % block.slabs;
+        end = min(block.slabs, begin + left);
+      } else {
+        tile = blockIdx.x / args.split;
+        begin = block.slabs * block.rank / args.split;
+        end = block.slabs * (block.rank + 1) / args.split;
+      }
+    }
+    __device__ bool done() const { return kShared ? left == 0 : tile >= tiles; }
+    __device__ void next() {
+      if constexpr (kShared) {
+        left -= end - begin;
+        ++tile;
+        begin = 0;
+        end = min(slabs, left);
+      } else {
+        tile += stride;
+      }
     }
   };
 
@@ -193,11 +237,11 @@ struct WgmmaGemm {
     Ring<kCodeStages> codes;
     Ring<kScaleStages> scales;
     const int scale_bytes = args.k / kBlockSize, group = args.scale_rows;
-    for (int t = block.first_tile; t < block.tiles; t += block.tile_stride) {
-      const Tile tile(args, t);
+    for (Walk walk(args, block); !walk.done(); walk.next()) {
+      const Tile tile(args, walk.tile);
       const int row = int(tile.expert_row) + tile.row;
-      int next_scales = block.begin;
-      for (int slab = block.begin; slab < block.end; slab += kSlabsOfCodes, codes.advance()) {
+      int next_scales = walk.begin;
+      for (int slab = walk.begin; slab < walk.end; slab += kSlabsOfCodes, codes.advance()) {
         if (slab == next_scales) {
           ptx::barrier_wait(block.scale_empty + 8 * scales.index, scales.parity ^ 1);
           const uint32_t full = block.scale_full + 8 * scales.index;
@@ -229,10 +273,10 @@ struct WgmmaGemm {
   __device__ static void copy_activations(const WgmmaArgs& args, const WgmmaMaps& maps,
                                           const Block& block) {
     Ring<kXStages> ring;
-    for (int t = block.first_tile; t < block.tiles; t += block.tile_stride) {
-      const Tile tile(args, t);
+    for (Walk walk(args, block); !walk.done(); walk.next()) {
+      const Tile tile(args, walk.tile);
       const int width = tile.width();
-      for (int slab = block.begin; slab < block.end; slab += kSlabsOfX, ring.advance()) {
+      for (int slab = walk.begin; slab < walk.end; slab += kSlabsOfX, ring.advance()) {
         ptx::barrier_wait(block.x_empty + 8 * ring.index, ring.parity ^ 1);
         const uint32_t full = block.x_full + 8 * ring.index;
         ptx::barrier_arrive_expect(full, width * kSlabsOfX * 128);
@@ -306,6 +350,7 @@ struct WgmmaGemm {
     int scale_row[2];
     uint32_t scale[2];  // addresses, of the pair of slabs that is next
     int next_scales;    // slab that needs another stage
+    int begin;          // of the tile
 
     __device__ Cursor(const WgmmaArgs& args) {
       const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = args.scale_rows;
@@ -328,11 +373,12 @@ struct WgmmaGemm {
   __device__ static void fetch(const WgmmaArgs& args, const Block& block, Cursor& cursor, int i,
                                bool last, Packed& packed) {
     if (!kOdd && i == cursor.next_scales) {
+      const int scale_mask = args.scale_rows ? 15 : ~0;
       ptx::barrier_wait(block.scale_full + 8 * cursor.scales.index, cursor.scales.parity);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         cursor.scale[half] = block.scales(cursor.scales.index) + cursor.scale_offset[half] +
-                             first_scale(cursor.scale_row[half], block.begin + i) % 16;
+                             (first_scale(cursor.scale_row[half], cursor.begin + i) & scale_mask);
       cursor.next_scales += args.scale_slabs;
     }
     if (!kOdd) ptx::barrier_wait(block.code_full + 8 * cursor.codes.index, cursor.codes.parity);
@@ -405,10 +451,11 @@ struct WgmmaGemm {
   }
 
   __device__ static void multiply_tile(const WgmmaArgs& args, const Block& block, const Tile& tile,
-                                       Cursor& cursor, Sums& sums) {
-    const int slabs = block.end - block.begin, width = tile.width();
+                                       const Walk& walk, Cursor& cursor, Sums& sums) {
+    const int slabs = walk.end - walk.begin, width = tile.width();
     Pipeline pipeline;
     cursor.next_scales = 0;
+    cursor.begin = walk.begin;
     fetch<0>(args, block, cursor, 0, slabs == 1, pipeline.packed[0]);
     if (slabs > 1) fetch<1>(args, block, cursor, 1, slabs == 2, pipeline.packed[1]);
     for (int i = 0; i < slabs; i += 2) {
@@ -426,20 +473,80 @@ struct WgmmaGemm {
 
   __device__ static void compute(const WgmmaArgs& args, const WgmmaMaps& maps, const Block& block) {
     Cursor cursor(args);
-    for (int t = block.first_tile; t < block.tiles; t += block.tile_stride) {
-      const Tile tile(args, t);
+    for (Walk walk(args, block); !walk.done(); walk.next()) {
+      const Tile tile(args, walk.tile);
       Sums sums = {};
-      multiply_tile(args, block, tile, cursor, sums);
+      multiply_tile(args, block, tile, walk, cursor, sums);
       if constexpr (kEpilogue == Epilogue::kGateUp)
         write_hidden(args, block, tile, sums);
       else if constexpr (kEpilogue == Epilogue::kDown)
         write_partial(args, tile, sums);
+      else if constexpr (kShared)
+        finish_shared(args, maps, block, tile, walk, sums);
       else if (args.split == 1)
         write_tile(args, maps, block, tile, sums);
       else
         exchange(args, maps, block, tile, sums);
     }
     if (threadIdx.x % 128 == 0) ptx::bulk_store_wait_read();
+  }
+
+  // The thread block that has a tile's first slab adds what the others, which follow it, bring.
+  __device__ static void finish_shared(const WgmmaArgs& args, const WgmmaMaps& maps,
+                                       const Block& block, const Tile& tile, const Walk& walk,
+                                       Sums& sums) {
+    if (walk.begin > 0) {
+      hand_over(sums);
+    } else {
+      const int end = (walk.tile + 1) * block.slabs;
+      for (int rank = blockIdx.x + 1; rank < int(gridDim.x); ++rank) {
+        const int first = Walk::first_slab(block, rank);
+        if (first >= end) break;
+        if (first < Walk::first_slab(block, rank + 1)) collect(rank, sums);
+      }
+      write_tile(args, maps, block, tile, sums);
+    }
+  }
+
+  __device__ static float4* part_of(int rank) {
+    static_assert(kTileM * kTileN <= kMaxPart);
+    return g_parts[rank] + threadIdx.x / 128 * kTokenGroups * 128 + threadIdx.x % 128;
+  }
+
+  __device__ static void hand_over(const Sums& sums) {
+    const int warpgroup = threadIdx.x / 128;
+    float4* to = part_of(blockIdx.x);
+#pragma unroll
+    for (int j = 0; j < kTokenGroups; ++j) {
+      const float* v = sums + 4 * j;
+      __stcg(to + j * 128, make_float4(v[0], v[1], v[2], v[3]));
+    }
+    ptx::named_barrier_sync(1 + warpgroup, 128);
+    if (threadIdx.x % 128 == 0) {
+      __threadfence();
+      atomicExch(&g_part_written[blockIdx.x][warpgroup], 1u);
+    }
+  }
+
+  __device__ static void collect(int rank, Sums& sums) {
+    const int warpgroup = threadIdx.x / 128;
+    if (threadIdx.x % 128 == 0) {
+      unsigned* written = &g_part_written[rank][warpgroup];
+      while (ptx::load_relaxed(written) == 0) {
+      }
+      __threadfence();
+      *written = 0;
+    }
+    ptx::named_barrier_sync(1 + warpgroup, 128);
+    const float4* from = part_of(rank);
+#pragma unroll
+    for (int j = 0; j < kTokenGroups; ++j) {
+      const float4 v = __ldcg(from + j * 128);
+      sums[4 * j] += v.x;
+      sums[4 * j + 1] += v.y;
+      sums[4 * j + 2] += v.z;
+      sums[4 * j + 3] += v.w;
+    }
   }
 
   // Sums of group j (eight tokens), with the bias, to the staging slot or, where
@@ -655,6 +762,7 @@ struct WgmmaGemm {
 
 // y = x * w^T + bias, or a grouped product (split 1), with a wgmma configuration; see
 // gemm_wgmma.cu and moe_wgmma.cu.
+// `split` as in GemmChoice.
 cudaError_t launch_wgmma(int config, int split, const GemmArgs& args, int multiprocessors,
                          cudaStream_t stream);
 cudaError_t launch_grouped_wgmma(Epilogue epilogue, int config, const GemmArgs& args,

@@ -5,12 +5,12 @@
 
 namespace jax_mxfp4 {
 
-template <int kConfig, Epilogue kEpilogue>
-__global__ void __launch_bounds__(WgmmaGemm<kConfig, kEpilogue>::kThreads, 1)
+template <int kConfig, Epilogue kEpilogue, bool kShared>
+__global__ void __launch_bounds__(WgmmaGemm<kConfig, kEpilogue, kShared>::kThreads, 1)
     wgmma_kernel(const __grid_constant__ WgmmaArgs args, const __grid_constant__ WgmmaMaps maps) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ char shared[];
-  WgmmaGemm<kConfig, kEpilogue>::run(args, maps, shared);
+  WgmmaGemm<kConfig, kEpilogue, kShared>::run(args, maps, shared);
 #endif
 }
 
@@ -48,11 +48,13 @@ inline cudaError_t encode(CUtensorMap* map, const Matrix& matrix, int box_inner,
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-template <int kConfig, Epilogue kEpilogue>
+// kShared: all thread blocks share all tiles; `split` is 1.
+template <int kConfig, Epilogue kEpilogue, bool kShared = false>
 cudaError_t launch_config(int split, const GemmArgs& gemm, int multiprocessors,
                           cudaStream_t stream) {
-  using Kernel = WgmmaGemm<kConfig, kEpilogue>;
-  constexpr auto kernel = wgmma_kernel<kConfig, kEpilogue>;
+  using Kernel = WgmmaGemm<kConfig, kEpilogue, kShared>;
+  constexpr auto kernel = wgmma_kernel<kConfig, kEpilogue, kShared>;
+  if (kShared && multiprocessors > kMaxSharers) return cudaErrorInvalidValue;
   if (cudaError_t error = opt_in_shared_memory<kernel>(Kernel::kSharedBytes)) return error;
 
   WgmmaArgs args = {};
@@ -106,15 +108,20 @@ cudaError_t launch_config(int split, const GemmArgs& gemm, int multiprocessors,
   const int tiles = Kernel::kGrouped ? multiprocessors : args.tiles_m * args.tiles_n;
   const int at_once = split > 1 ? tiles : multiprocessors;
   cudaLaunchConfig_t launch = {};
-  launch.gridDim = (tiles < at_once ? tiles : at_once) * split;
+  launch.gridDim = kShared ? multiprocessors : (tiles < at_once ? tiles : at_once) * split;
   launch.blockDim = Kernel::kThreads;
   launch.dynamicSmemBytes = Kernel::kSharedBytes;
   launch.stream = stream;
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {unsigned(split), 1, 1};
-  launch.attrs = &cluster;
-  launch.numAttrs = split > 1 ? 1 : 0;
+  cudaLaunchAttribute attribute;
+  if (kShared) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {unsigned(split), 1, 1};
+  }
+  launch.attrs = &attribute;
+  launch.numAttrs = kShared || split > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&launch, kernel, args, maps);
 }
 

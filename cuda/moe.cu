@@ -11,6 +11,7 @@
 #include "device.h"
 #include "gemm_tiled.cuh"
 #include "gemm_wgmma.cuh"
+#include "moe_one_token.h"
 #include "moe_streaming.cuh"
 
 namespace jax_mxfp4 {
@@ -214,10 +215,12 @@ int64_t moe_schedule_size(int64_t pairs, int64_t experts) {
 
 cudaError_t moe(const MoeArgs& args, cudaStream_t stream) {
   const Multiprocessors available = multiprocessors_for(args.x_type);
-  const int config = select_moe({args.tokens * args.top_k, args.experts, args.d, args.inner,
+  const int config = select_moe({args.tokens, args.top_k, args.experts, args.d, args.inner,
                                  available.streaming, available.wgmma});
   switch (args.x_type) {
     case DType::kBF16:
+      if (kGemmConfigs[config].kind == GemmKind::kOneToken)
+        return launch_one_token_moe(config, args, available.streaming, stream);
       if (kGemmConfigs[config].kind == GemmKind::kStreaming)
         return launch_streaming_moe(config, args, available.streaming, stream);
       return run_products<__nv_bfloat16>(args, config, available.wgmma, stream);

@@ -186,8 +186,8 @@ struct StreamingMoe {
       for (int unit = step.begin; unit < step.end; ++unit, ring.advance(), bias_ring.advance()) {
         const Segment& segment = schedule.segments[unit / step.tiles];
         Gemm::wait_empty(ring, fill);
-        Gemm::copy_stage(step.weights, step.bias, step.k, step.first_row(segment, unit), 0, 1,
-                         shared + ring.index * Gemm::kStageBytes,
+        Gemm::copy_stage(step.weights, step.bias, step.k, step.first_row(segment, unit), kTileN, 0,
+                         1, shared + ring.index * Gemm::kStageBytes,
                          Gemm::bias_slot(shared, bias_ring),
                          barriers.full + 8 * Gemm::kChunks * ring.index, producer);
       }

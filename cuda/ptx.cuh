@@ -52,6 +52,20 @@ __device__ __forceinline__ unsigned load_relaxed(const unsigned* global) {
   return v;
 }
 
+// The same for 16 bytes, each word of which comes whole.
+__device__ __forceinline__ uint4 load_relaxed16(const uint4* global) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(global)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_relaxed(unsigned* global, unsigned v) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;\n" ::"l"(global), "r"(v) : "memory");
+}
+
 __device__ __forceinline__ uint4 load_shared16(uint32_t shared) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];\n"

@@ -141,22 +141,36 @@ def test_reads_thunks():
     assert not chain.read_thunks(GRAPH.replace("kCommandBuffer", "kSequential"), 2)[0]
 
 
-def test_timing_counts_calls(monkeypatch):
-    clock = iter(np.arange(0, 1000, 0.5))
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
-    measured, state = timing.measure(lambda s: s + 1, jnp.int32(0), 10, samples=3, warm_up=2)
-    # Every look at the clock takes half a second and a sample has three: 1 s for 10 calls.
-    assert (measured.us, measured.us_min, measured.us_max) == (1e5, 1e5, 1e5)
-    assert (measured.runs, measured.samples, measured.host_bound) == (1, 3, False)
-    assert state == 2 + 1 + 3
+def test_timing_counts_calls_and_not_what_a_burst_costs(monkeypatch):
+    now = 0.0
+
+    def run(state):
+        nonlocal now
+        now += 2e-3  # of which the host has nothing to do
+        return state + 1
+
+    def look():
+        nonlocal now
+        now += 0.5e-3  # starting and waiting
+        return now
+
+    monkeypatch.setattr(timing.time, "perf_counter", look)
+    measured, state = timing.measure(
+        run, jnp.int32(0), 10, samples=3, warm_up=2, sample_seconds=8e-3
+    )
+    assert measured.us == pytest.approx(200) and measured.us_max == pytest.approx(200)
+    runs = 3  # of 2.5 ms, as the first one seemed
+    assert (measured.runs, measured.samples) == (2 * runs, 3)
+    assert state == 2 + 1 + 3 * (runs + 3 * runs)
 
 
 def test_timing_says_when_the_host_is_the_limit(monkeypatch):
-    # Start and end of one run, then per sample: start, all are queued, all are done.
-    clock = iter([0.0, 1e-3, 1.0, 1.99, 2.0, 3.0, 3.1, 4.0, 5.0, 5.95, 6.0])
+    # Start and end of one run; per sample and burst: start, all are queued, all are done.
+    burst, long = [0.0, 0.1, 1.0], [0.0, 2.95, 3.0]
+    clock = iter([0.0, 1e-3] + 3 * (burst + long))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
     measured, _ = timing.measure(lambda s: s, jnp.int32(0), 1, samples=3)
-    assert measured.runs == 8
+    assert measured.runs == 2 * 8
     assert measured.host_bound
 
 

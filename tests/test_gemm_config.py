@@ -17,6 +17,7 @@ SHAPES = {
 }
 MS = [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 128, 1024, 4096]
 H100 = 132
+SHARED = 0  # all thread blocks share all tiles
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +58,27 @@ def test_wgmma_needs_rows_in_eights(select):
 def test_clusters_that_split_k_run_at_once(select):
     for m, n, k in product((17, 33, 100, 128, 300, 1000), range(8, 9000, 184), (64, 320, 2880)):
         config = select(m, n, k, H100, H100)
-        if config["split"] == 1:
+        if config["split"] in (1, SHARED):
             continue
         assert config["kind"] == "wgmma"
         tiles = -(-m // config["tile_m"]) * -(-n // config["tile_n"])
         assert tiles * config["split"] <= H100
         assert config["split"] <= -(-k // 128)  # every thread block has some of K
+
+
+def test_tiles_are_shared_where_the_last_wave_is_far_from_full(select):
+    up = SHAPES["llama70b_up"]
+    # 224 tiles and more than 132, of 128 slabs each: two waves would be 85 % full.
+    assert all(select(m, *up, H100, H100)["split"] == SHARED for m in (128, 256, 512))
+    for m, n, k in product((17, 64, 128, 200, 512, 3000), range(64, 40000, 1600), (64, 2880, 8192)):
+        config = select(m, n, k, H100, H100)
+        tiles = -(-m // config["tile_m"]) * -(-n // config["tile_n"])
+        if config["split"] == SHARED:
+            assert config["kind"] == "wgmma" and config["tile_m"] >= 128
+            assert tiles >= H100 and tiles % H100  # else parts come late, or nothing is won
+    assert select(128, 192 * H100, 8192, H100, H100)["split"] == 1
+    # More multiprocessors than there is room for parts.
+    assert select(256, *up, H100, 200)["split"] != SHARED
 
 
 def test_tiles_follow_the_tokens(select):
@@ -129,34 +145,47 @@ TOP_K, WIDTH = 4, 2880
 
 @pytest.mark.parametrize("experts", [32, 128])
 def test_experts_stream_until_they_have_many_tokens(select_moe, experts):
-    for tokens in (1, 2, 4, 8, 16, 32, 64):
-        config = select_moe(TOP_K * tokens, experts, WIDTH, WIDTH, H100, H100)
+    for tokens in (2, 4, 8, 16, 32, 64):
+        config = select_moe(tokens, TOP_K, experts, WIDTH, WIDTH, H100, H100)
         assert config["kind"] == "streaming"
         assert config["stage_k"] >= WIDTH  # K in one stage
         assert config["tile_m"] == (16 if TOP_K * tokens > 4 * experts else 8)
     for tokens in (16 * experts // TOP_K, 1024, 4096):
-        config = select_moe(TOP_K * tokens, experts, WIDTH, WIDTH, H100, H100)
+        config = select_moe(tokens, TOP_K, experts, WIDTH, WIDTH, H100, H100)
         assert config["kind"] == "wgmma"
         assert config["split"] == 1
 
 
 def test_expert_kernels_need_their_hardware_and_widths(select_moe):
     for tokens in (1, 64, 1024):
-        pairs = TOP_K * tokens
-        assert select_moe(pairs, 32, WIDTH, WIDTH, 0, 0)["kind"] == "tiled"
+        assert select_moe(tokens, TOP_K, 32, WIDTH, WIDTH, 0, 0)["kind"] == "tiled"
         # K of more than one stage is not streamed; wgmma reads 64 of K at a time.
-        assert select_moe(pairs, 32, 8192, WIDTH, H100, 0)["kind"] == "tiled"
-        assert select_moe(pairs, 32, WIDTH, 8192, H100, 0)["kind"] == "tiled"
-        assert select_moe(pairs, 4, 96, 8192, H100, H100)["kind"] == "tiled"
-        assert select_moe(pairs, 4, 8192, 96, H100, H100)["kind"] == "tiled"
-    assert select_moe(4096, 4, 8192, 8192, H100, H100)["kind"] == "wgmma"
+        assert select_moe(tokens, TOP_K, 32, 8192, WIDTH, H100, 0)["kind"] == "tiled"
+        assert select_moe(tokens, TOP_K, 32, WIDTH, 8192, H100, 0)["kind"] == "tiled"
+        assert select_moe(tokens, TOP_K, 4, 96, 8192, H100, H100)["kind"] == "tiled"
+        assert select_moe(tokens, TOP_K, 4, 8192, 96, H100, H100)["kind"] == "tiled"
+    assert select_moe(1024, TOP_K, 4, 8192, 8192, H100, H100)["kind"] == "wgmma"
     # The schedule of a streaming kernel has limits.
-    assert select_moe(516, 512, 64, 64, H100, 0)["kind"] == "tiled"
-    assert select_moe(8, 513, 64, 64, H100, 0)["kind"] == "tiled"
+    assert select_moe(129, TOP_K, 512, 64, 64, H100, 0)["kind"] == "tiled"
+    assert select_moe(2, TOP_K, 513, 64, 64, H100, 0)["kind"] == "tiled"
+
+
+def test_one_token_has_its_own_kernel(select_moe):
+    assert select_moe(1, TOP_K, 128, WIDTH, WIDTH, H100, H100)["kind"] == "one_token"
+    assert select_moe(1, 1, 1000, 32, 64, H100, 0)["kind"] == "one_token"
+    for shape in (
+        (2, 4, 32, 64, 64),
+        (1, 5, 32, 64, 64),
+        (1, 4, 32, 3104, 64),
+        (1, 4, 32, 64, 3136),
+        (1, 4, 32, 64, 96),
+    ):
+        assert select_moe(*shape, H100, H100)["kind"] != "one_token"
+    assert select_moe(1, TOP_K, 32, WIDTH, WIDTH, 0, 0)["kind"] == "tiled"
 
 
 def test_a_tile_of_an_expert_is_seldom_much_larger_than_its_tokens(select_moe):
     for experts, tokens in product((8, 32, 128), (512, 1024, 2048, 4096, 8192)):
         mean = TOP_K * tokens / experts
-        config = select_moe(TOP_K * tokens, experts, WIDTH, WIDTH, H100, H100)
+        config = select_moe(tokens, TOP_K, experts, WIDTH, WIDTH, H100, H100)
         assert config["tile_m"] <= max(32, 2 * mean)

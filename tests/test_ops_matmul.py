@@ -28,7 +28,8 @@ def cases():
         yield pytest.param("cuda", n, k, marks=pytest.mark.gpu)
     # K in several stages of the streaming kernels, of 12 warps with a rest and of 16 warps, and
     # more rows than one wave of 192-row tiles. With these the grid reaches every configuration.
-    for n, k in ((160, 3584), (4800, 8192), (28672, 320)):
+    # Of 8192 long rows every multiprocessor gets as many tiles of 64 as it would get of 32.
+    for n, k in ((160, 3584), (4800, 8192), (28672, 320), (8192, 5120)):
         yield pytest.param("cuda", n, k, marks=pytest.mark.gpu)
 
 
@@ -76,6 +77,23 @@ def test_integers_are_exact(implementation, n, k, dtype):
     ):
         assert_equal_exactly(plain, exact[:m], f"M={m}")
         assert_equal_exactly(biased, exact[:m] + bias.astype(np.float64), f"M={m} with bias")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [(250, 17408, 1600), (500, 8600, 1600), (192, 17408, 2048), (125, 26000, 4096)],
+)
+def test_tiles_shared_by_all_thread_blocks_are_exact(m, n, k):
+    """Their parts go from one thread block to another, in an order that never changes."""
+    rng = np.random.default_rng([m, n, k])
+    w = random_weight(rng, n, k, scales=(125, 128))
+    x = random_integers(rng, m, k, dtype=BF16)
+    bias = random_integers(rng, n, dtype=F32)
+    exact = x.astype(np.float64) @ decode(w).T + bias
+    [(single, half)] = outputs("cuda", x, mx.prepare(w), [(bias, F32), (bias, BF16)], (m,))
+    assert_equal_exactly(single, exact, "float32")
+    assert_equal_exactly(half, exact, "bfloat16")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

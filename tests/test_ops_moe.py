@@ -108,7 +108,7 @@ def test_all_tokens_to_one_expert(implementation, tokens, dtype):
     check(implementation, args, (tokens,))
 
 
-@pytest.mark.parametrize("tokens", [5, 70, 300])
+@pytest.mark.parametrize("tokens", [1, 5, 70, 300])
 def test_scales_whose_factor_bfloat16_does_not_hold(implementation, tokens):
     """Bytes from 129 on take another path in the kernels; here some blocks of every tile do."""
     rng = np.random.default_rng(14)
@@ -127,6 +127,38 @@ def test_experts_without_tokens(implementation, tokens):
     used = np.array([1, 3, 5], np.int32)
     args[1] = used[np.argsort(rng.random((tokens, 3)), axis=1)[:, :2]]
     check(implementation, args, (tokens,))
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 4])
+def test_one_token_after_the_other(implementation, top_k):
+    """On CUDA one token has a kernel whose thread blocks pass on activations in memory that calls
+    share: layers of different sizes take turns.
+    """
+    rng = np.random.default_rng(20)
+    layers = [
+        operands(rng, 1, 8, top_k, *size, BF16, biased=True) for size in ((192, 256), (64, 64))
+    ]
+    alone = [np.asarray(mx.moe(*args, implementation=implementation)) for args in layers]
+    for args, y in zip(layers, alone, strict=True):
+        assert_close(y, oracle.moe(*args), "alone")
+
+    @jax.jit
+    def in_turns(layers):
+        return [mx.moe(*args, implementation=implementation) for args in 5 * layers]
+
+    for i, y in enumerate(in_turns(layers)):
+        assert np.asarray(y).tobytes() == alone[i % 2].tobytes()
+
+
+def test_one_token_without_some_experts(implementation):
+    rng = np.random.default_rng(21)
+    args = list(operands(rng, 1, 8, 4, 192, 256, BF16, biased=True))
+    args[1] = np.array([[5, 5, 8, -1]], np.int32)
+    check(implementation, args, (1,))
+    args[0] = np.full_like(args[0], np.nan)
+    args[1] = np.array([[8, 9, -1, -(2**31)]], np.int32)
+    y = np.asarray(mx.moe(*args, implementation=implementation))
+    np.testing.assert_array_equal(y, np.zeros_like(y))
 
 
 def test_nan_in_one_token_stays_in_it(implementation):

@@ -177,6 +177,9 @@ int main() {
   for (int m : {64, 192}) calls += run_matmul(DType::kBF16, m, 16896, 3200);
   for (int m : {96, 256}) calls += run_matmul(DType::kBF16, m, 5120, 3200);
   calls += run_matmul(DType::kBF16, 16, 25600, 4160) + run_matmul(DType::kBF16, 1000, 9000, 192);
+  // Tiles shared by all thread blocks.
+  calls += run_matmul(DType::kBF16, 192, 17408, 2048) + run_matmul(DType::kBF16, 125, 26000, 4096) +
+           run_matmul(DType::kBF16, 256, 17400, 1600);
   for (DType type : types)
     for (int tokens : {1, 5, 70, 300})
       for (int experts : {1, 4, 33}) {
