@@ -106,8 +106,10 @@ GemmChoice select_wgmma(const GemmShape& shape) {
     if (config.kind != GemmKind::kWgmma) continue;
     const int64_t tiles = ceil_div(shape.m, config.tile_m) * ceil_div(shape.n, config.tile_n());
     // With fewer tiles than thread blocks, parts would only come when their readers are done, too.
-    if (can_share_tiles(config) && tiles >= shape.wgmma_multiprocessors &&
-        shape.wgmma_multiprocessors <= kMaxSharers) {
+    // With more than two waves, runs lie so far apart that their operands meet in L2 no more
+    // (measured: 70B down at 4096 tokens 4160 instead of 2570 us).
+    const int blocks = shape.wgmma_multiprocessors;
+    if (can_share_tiles(config) && blocks <= kMaxSharers && tiles > blocks && tiles < 2 * blocks) {
       const float us = shared_us(config, shape, tiles);
       if (best.config < 0 || us < best_us) {
         best = {i, kShareTiles};
