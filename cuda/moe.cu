@@ -1,4 +1,4 @@
-// The GPT-OSS expert layer. Few tokens: one streaming kernel (moe_streaming.cuh). Others, with
+// The GPT-OSS expert layer. One token: moe_one_token.cu. Few: moe_streaming.cuh. Others, with
 // wgmma or tiled products: schedule -> (gather) -> gate_up + SwiGLU -> down -> sum over the top-k.
 //
 // The token-expert pairs are grouped by expert on the device, in tiles that one thread block's
