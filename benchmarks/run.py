@@ -36,6 +36,7 @@ from results import RESULTS, ROOT, Refused, Results, commit_of, device_slug
 from rich.console import Console
 from roofs import Roofs, measure_roofs
 from shapes import M_VALUES, ROTATION_BYTES, SHAPES
+from timing import Unsteady
 from unpack import UNPACKINGS, measure_unpackings
 
 import jax_mxfp4 as mx
@@ -57,7 +58,11 @@ def main(arguments: list[str] | None = None) -> int:
     except Refused as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return _measure(args, results)
+    try:
+        return _measure(args, results)
+    except Unsteady as error:  # of the roofs
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -170,7 +175,7 @@ def _measure(args: argparse.Namespace, results: Results) -> int:
     try:
         for row in _rows(args, roofs, settings, say):
             results.add(row)
-    except (WrongResult, OutOfTime) as error:
+    except (WrongResult, OutOfTime, Unsteady) as error:
         print(f"error: {error}", file=sys.stderr)
         if results.rows:
             print(f"what there is: {results.partial}", file=sys.stderr)

@@ -164,6 +164,21 @@ def test_timing_counts_calls_and_not_what_a_burst_costs(monkeypatch):
     assert state == 2 + 1 + 3 * (runs + 3 * runs)
 
 
+def test_timing_tries_again_where_more_work_took_less_time(monkeypatch):
+    good, bad = [0.0, 0.1, 1.0, 0.0, 0.1, 3.0], [0.0, 0.1, 3.0, 0.0, 0.1, 1.0]
+
+    def clock(*samples):
+        looks = iter([0.0, 1e-3, *(look for sample in samples for look in sample)])
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: next(looks))
+
+    clock(bad, good, bad, good)
+    measured, _ = timing.measure(lambda s: s, jnp.int32(0), 1, samples=2)
+    assert measured.us_min == pytest.approx(2 / 16 * 1e6) == measured.us_max
+    clock(*(4 * [bad, bad]))
+    with pytest.raises(timing.Unsteady, match="of 8 bursts only 0 took longer"):
+        timing.measure(lambda s: s, jnp.int32(0), 1, samples=2)
+
+
 def test_timing_says_when_the_host_is_the_limit(monkeypatch):
     # Start and end of one run; per sample and burst: start, all are queued, all are done.
     burst, long = [0.0, 0.1, 1.0], [0.0, 2.95, 3.0]
