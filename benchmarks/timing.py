@@ -13,8 +13,6 @@ T = TypeVar("T")
 WARM_UP = 3  # XLA records the graph in the second run
 LONGER = 3  # how much longer the second burst of a sample is
 MAX_BURST = 10  # LONGER times that is fewer than the runs that JAX lets wait in its queue (32)
-
-
 MAX_TRIES = 4  # for each sample
 
 

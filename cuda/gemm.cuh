@@ -219,4 +219,22 @@ cudaError_t opt_in_shared_memory(int bytes) {
   return cudaSuccess;
 }
 
+// A thread block on each multiprocessor, all running at once, so that they may wait for each other.
+template <auto kKernel, typename Args>
+cudaError_t launch_cooperative(const Args& args, int threads, int shared_bytes, int multiprocessors,
+                               cudaStream_t stream) {
+  if (cudaError_t error = opt_in_shared_memory<kKernel>(shared_bytes)) return error;
+  cudaLaunchConfig_t launch = {};
+  launch.gridDim = unsigned(multiprocessors);
+  launch.blockDim = unsigned(threads);
+  launch.dynamicSmemBytes = size_t(shared_bytes);
+  launch.stream = stream;
+  cudaLaunchAttribute cooperative;
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  launch.attrs = &cooperative;
+  launch.numAttrs = 1;
+  return cudaLaunchKernelEx(&launch, kKernel, args);
+}
+
 }  // namespace jax_mxfp4

@@ -65,17 +65,20 @@ int select_streaming(const GemmShape& shape) {
   return best;
 }
 
+// Microseconds of a launch, and of the start and the end of a tile beside its steps.
+constexpr float kLaunch = 0.9f, kTile = 3.2f;
+
 // A product's time in microseconds: steps of all waves of tiles, and what was measured beside them,
 // a launch, the start and end of a wave and the exchange of sums, which grows with the tile and
 // with the thread blocks that take part.
 float wgmma_us(const GemmConfig& config, const GemmShape& shape, int64_t tiles, int split) {
-  constexpr float kLaunch = 0.9f, kWave = 3.2f, kExchange = 0.23f, kExchangePerSum = 1.0f / 7000;
+  constexpr float kExchange = 0.23f, kExchangePerSum = 1.0f / 7000;
   const int64_t waves = ceil_div(tiles * split, shape.wgmma_multiprocessors);
   const int64_t steps = ceil_div(shape.k / 64, split);
   const float exchange = split > 1 ? kExchange * float(split) +
                                          kExchangePerSum * float(config.tile_m * config.tile_n())
                                    : 0.0f;
-  return kLaunch + float(waves) * (float(steps) * config.step_us + kWave) + exchange;
+  return kLaunch + float(waves) * (float(steps) * config.step_us + kTile) + exchange;
 }
 
 // Clusters of `split` thread blocks that surely run at once. Pairs always fit; others lose what is
@@ -90,7 +93,7 @@ int64_t clusters_at_once(int multiprocessors, int split) {
 // over instead of a last wave that is not full. Measurements scatter around this by some percent:
 // a little is added, so that only what surely gains is shared.
 float shared_us(const GemmConfig& config, const GemmShape& shape, int64_t tiles) {
-  constexpr float kLaunch = 0.9f, kTile = 3.2f, kHandOver = 7.0f, kDoubt = 1.02f;
+  constexpr float kHandOver = 7.0f, kDoubt = 1.02f;
   const float tiles_of_block = float(tiles) / float(shape.wgmma_multiprocessors);
   return kDoubt * (kLaunch + tiles_of_block * float(shape.k / 64) * config.step_us +
                    (tiles_of_block + 1) * kTile + kHandOver);
@@ -101,6 +104,11 @@ constexpr int kSplits[] = {1, 2, 3, 4, 5, 8};
 GemmChoice select_wgmma(const GemmShape& shape) {
   GemmChoice best = {-1, 1};
   float best_us = 0;
+  const auto consider = [&](GemmChoice choice, float us) {
+    if (best.config >= 0 && us >= best_us) return;
+    best = choice;
+    best_us = us;
+  };
   for (int i = 0; i < kNumGemmConfigs; ++i) {
     const GemmConfig& config = kGemmConfigs[i];
     if (config.kind != GemmKind::kWgmma) continue;
@@ -110,21 +118,13 @@ GemmChoice select_wgmma(const GemmShape& shape) {
     // (measured: 70B down at 4096 tokens 4160 instead of 2570 us).
     const int blocks = shape.wgmma_multiprocessors;
     if (can_share_tiles(config) && blocks <= kMaxSharers && tiles > blocks && tiles < 2 * blocks) {
-      const float us = shared_us(config, shape, tiles);
-      if (best.config < 0 || us < best_us) {
-        best = {i, kShareTiles};
-        best_us = us;
-      }
+      consider({i, kShareTiles}, shared_us(config, shape, tiles));
     }
     for (const int split : kSplits) {
       if (split > 1 && (tiles > clusters_at_once(shape.wgmma_multiprocessors, split) ||
                         split > ceil_div(shape.k, 128)))
         continue;
-      const float us = wgmma_us(config, shape, tiles, split);
-      if (best.config < 0 || us < best_us) {
-        best = {i, split};
-        best_us = us;
-      }
+      consider({i, split}, wgmma_us(config, shape, tiles, split));
     }
   }
   return best;

@@ -293,31 +293,16 @@ __global__ void __launch_bounds__(StreamingGemm<kConfig>::kThreads, 1)
 #endif
 }
 
-template <int kConfig>
-cudaError_t launch_config(const MoeArgs& args, int multiprocessors, cudaStream_t stream) {
-  constexpr auto kernel = one_token_moe_kernel<kConfig>;
-  constexpr int kBytes = StreamingGemm<kConfig>::kSharedBytes;
-  if (cudaError_t error = opt_in_shared_memory<kernel>(kBytes)) return error;
-  cudaLaunchConfig_t launch = {};
-  launch.gridDim = unsigned(multiprocessors);
-  launch.blockDim = StreamingGemm<kConfig>::kThreads;
-  launch.dynamicSmemBytes = kBytes;
-  launch.stream = stream;
-  cudaLaunchAttribute cooperative;
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
-  launch.attrs = &cooperative;
-  launch.numAttrs = 1;
-  return cudaLaunchKernelEx(&launch, kernel, args);
-}
-
 template <int kConfig = 0>
 cudaError_t launch(int config, const MoeArgs& args, int multiprocessors, cudaStream_t stream) {
   if constexpr (kConfig == kNumGemmConfigs) {
     return cudaErrorInvalidValue;
   } else {
     if constexpr (kGemmConfigs[kConfig].kind == GemmKind::kOneToken)
-      if (config == kConfig) return launch_config<kConfig>(args, multiprocessors, stream);
+      if (config == kConfig)
+        return launch_cooperative<one_token_moe_kernel<kConfig>>(
+            args, StreamingGemm<kConfig>::kThreads, StreamingGemm<kConfig>::kSharedBytes,
+            multiprocessors, stream);
     return launch<kConfig + 1>(config, args, multiprocessors, stream);
   }
 }

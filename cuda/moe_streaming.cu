@@ -12,31 +12,16 @@ __global__ void __launch_bounds__(StreamingMoe<kConfig>::kThreads, 1)
 #endif
 }
 
-template <int kConfig>
-cudaError_t launch_config(const MoeArgs& args, int multiprocessors, cudaStream_t stream) {
-  using Kernel = StreamingMoe<kConfig>;
-  constexpr auto kernel = streaming_moe_kernel<kConfig>;
-  if (cudaError_t error = opt_in_shared_memory<kernel>(Kernel::kSharedBytes)) return error;
-  cudaLaunchConfig_t launch = {};
-  launch.gridDim = unsigned(multiprocessors);
-  launch.blockDim = Kernel::kThreads;
-  launch.dynamicSmemBytes = Kernel::kSharedBytes;
-  launch.stream = stream;
-  cudaLaunchAttribute cooperative;
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
-  launch.attrs = &cooperative;
-  launch.numAttrs = 1;
-  return cudaLaunchKernelEx(&launch, kernel, args);
-}
-
 template <int kConfig = 0>
 cudaError_t launch(int config, const MoeArgs& args, int multiprocessors, cudaStream_t stream) {
   if constexpr (kConfig == kNumGemmConfigs) {
     return cudaErrorInvalidValue;
   } else {
     if constexpr (is_streaming_moe(kGemmConfigs[kConfig]))
-      if (config == kConfig) return launch_config<kConfig>(args, multiprocessors, stream);
+      if (config == kConfig)
+        return launch_cooperative<streaming_moe_kernel<kConfig>>(
+            args, StreamingMoe<kConfig>::kThreads, StreamingMoe<kConfig>::kSharedBytes,
+            multiprocessors, stream);
     return launch<kConfig + 1>(config, args, multiprocessors, stream);
   }
 }
