@@ -65,20 +65,19 @@ int select_streaming(const GemmShape& shape) {
   return best;
 }
 
-// Microseconds of a launch, and of the start and the end of a tile beside its steps.
-constexpr float kLaunch = 0.9f, kTile = 3.2f;
+// Microseconds of a launch, with the first loads and the last stores; of what lies between two
+// tiles of a thread block beside their steps.
+constexpr float kLaunch = 3.4f, kNextTile = 4.5f;
 
-// A product's time in microseconds: steps of all waves of tiles, and what was measured beside them,
-// a launch, the start and end of a wave and the exchange of sums, which grows with the tile and
-// with the thread blocks that take part.
+// A product's time in microseconds: steps of all waves of tiles, what was measured beside them, and
+// the exchange of sums: each of `split` thread blocks sends all of its tile but its own part.
 float wgmma_us(const GemmConfig& config, const GemmShape& shape, int64_t tiles, int split) {
-  constexpr float kExchange = 0.23f, kExchangePerSum = 1.0f / 7000;
+  constexpr float kExchange = 0.215f, kExchangePerSum = 1.0f / 5200;
   const int64_t waves = ceil_div(tiles * split, shape.wgmma_multiprocessors);
   const int64_t steps = ceil_div(shape.k / 64, split);
-  const float exchange = split > 1 ? kExchange * float(split) +
-                                         kExchangePerSum * float(config.tile_m * config.tile_n())
-                                   : 0.0f;
-  return kLaunch + float(waves) * (float(steps) * config.step_us + kTile) + exchange;
+  const float sums = float(config.tile_m * config.tile_n()) * float(split - 1) / float(split);
+  const float exchange = split > 1 ? kExchange * float(split) + kExchangePerSum * sums : 0.0f;
+  return kLaunch + float(waves * steps) * config.step_us + float(waves - 1) * kNextTile + exchange;
 }
 
 // Clusters of `split` thread blocks that surely run at once. Pairs always fit; others lose what is
@@ -90,13 +89,22 @@ int64_t clusters_at_once(int multiprocessors, int split) {
 }
 
 // The same where all thread blocks share all tiles: slabs in equal runs, and parts of tiles to hand
-// over instead of a last wave that is not full. Measurements scatter around this by some percent:
-// a little is added, so that only what surely gains is shared.
+// over instead of a last wave that is not full.
 float shared_us(const GemmConfig& config, const GemmShape& shape, int64_t tiles) {
-  constexpr float kHandOver = 7.0f, kDoubt = 1.02f;
-  const float tiles_of_block = float(tiles) / float(shape.wgmma_multiprocessors);
-  return kDoubt * (kLaunch + tiles_of_block * float(shape.k / 64) * config.step_us +
-                   (tiles_of_block + 1) * kTile + kHandOver);
+  constexpr float kHandOver = 12.0f;
+  const float waves = float(tiles) / float(shape.wgmma_multiprocessors);
+  return kLaunch + waves * float(shape.k / 64) * config.step_us + (waves - 1) * kNextTile +
+         kHandOver;
+}
+
+// Over many waves the runs of neighbours lie so far apart that their operands meet in L2 no more
+// (measured: 70B down at 4096 tokens 4160 instead of 2570 us). With fewer tiles than thread blocks,
+// parts would only come when their readers are done, too.
+bool can_share(const GemmConfig& config, const GemmShape& shape, int64_t tiles) {
+  const int blocks = shape.wgmma_multiprocessors;
+  const int waves = ceil_div(shape.m, config.tile_m) <= 2 ? kMaxSharedWaves : 2;
+  return can_share_tiles(config) && blocks <= kMaxSharers && shape.k <= kMaxSharedK &&
+         tiles > blocks && tiles < waves * blocks;
 }
 
 constexpr int kSplits[] = {1, 2, 3, 4, 5, 8};
@@ -112,17 +120,14 @@ GemmChoice select_wgmma(const GemmShape& shape) {
   for (int i = 0; i < kNumGemmConfigs; ++i) {
     const GemmConfig& config = kGemmConfigs[i];
     if (config.kind != GemmKind::kWgmma) continue;
+    if (config.tile_m < 128 && config.tile_m < shape.m) continue;  // else codes are decoded twice
     const int64_t tiles = ceil_div(shape.m, config.tile_m) * ceil_div(shape.n, config.tile_n());
-    // With fewer tiles than thread blocks, parts would only come when their readers are done, too.
-    // With more than two waves, runs lie so far apart that their operands meet in L2 no more
-    // (measured: 70B down at 4096 tokens 4160 instead of 2570 us).
-    const int blocks = shape.wgmma_multiprocessors;
-    if (can_share_tiles(config) && blocks <= kMaxSharers && tiles > blocks && tiles < 2 * blocks) {
+    if (can_share(config, shape, tiles)) {
       consider({i, kShareTiles}, shared_us(config, shape, tiles));
     }
     for (const int split : kSplits) {
       if (split > 1 && (tiles > clusters_at_once(shape.wgmma_multiprocessors, split) ||
-                        split > ceil_div(shape.k, 128)))
+                        split > ceil_div(shape.k, 128) || split > max_split(config)))
         continue;
       consider({i, split}, wgmma_us(config, shape, tiles, split));
     }
@@ -163,6 +168,7 @@ double tiles_of_expert(double mean, int tile_m) {
 }
 
 int select_grouped_wgmma(const MoeShape& shape, double mean) {
+  constexpr double kTile = 3.0;  // microseconds of a tile beside its steps
   int best = -1;
   double best_us = 0;
   for (int i = 0; i < kNumGemmConfigs; ++i) {
@@ -173,8 +179,8 @@ int select_grouped_wgmma(const MoeShape& shape, double mean) {
     for (const bool down : {false, true}) {
       const int64_t n = down ? shape.d : 2 * shape.inner, k = down ? shape.inner : shape.d;
       const double tiles = segments * double(ceil_div(n, config.tile_n()));
-      us +=
-          std::ceil(tiles / shape.wgmma_multiprocessors) * (double(k) / 64 * config.step_us + 1.5);
+      us += std::ceil(tiles / shape.wgmma_multiprocessors) *
+            (double(k) / 64 * config.step_us + kTile);
     }
     if (best < 0 || us < best_us) {
       best = i;
@@ -200,14 +206,15 @@ int select_moe(const MoeShape& shape) {
   const int64_t pairs = shape.tokens * shape.top_k;
   const double mean = double(pairs) / double(shape.experts);
   // Beyond some tokens an expert's second tile costs more than the wgmma kernels' launches
-  // (measured: 12); up to half of a tile's tokens few experts have a second one.
+  // (measured: 12). With half of a tile's tokens few experts have a second one, which costs more
+  // than the wider tile.
   if (shape.streaming_multiprocessors > 0 && pairs <= kStreamingMoePairs &&
       shape.experts <= kStreamingMoeExperts && mean <= 12) {
     int best = -1;
     for (int i = 0; i < kNumGemmConfigs; ++i) {
       const GemmConfig& config = kGemmConfigs[i];
       const int64_t stage = 128 * config.stage_chunks();
-      if (is_streaming_moe(config) && config.tile_m == (mean > 4 ? 16 : 8) && shape.d <= stage &&
+      if (is_streaming_moe(config) && config.tile_m == (mean >= 4 ? 16 : 8) && shape.d <= stage &&
           shape.inner <= stage && shape.d % config.tile_n() == 0 &&
           2 * shape.inner % config.tile_n() == 0)
         best = i;  // of two the later has more rows: fewer handovers

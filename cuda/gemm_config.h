@@ -69,19 +69,22 @@ inline constexpr GemmConfig kGemmConfigs[] = {
     // Beyond 8 tokens with long K, and more: the time of a step falls with the tokens, tiles of
     // 128, 192 or 256 rows fill the GPU as evenly as N allows. Four warpgroups hide latencies best;
     // more sums leave room for three or two.
-    {GemmKind::kWgmma, 16, 1, 16, 1, 1, 8, 0.42f},
-    {GemmKind::kWgmma, 32, 1, 8, 1, 1, 10, 0.255f},
-    {GemmKind::kWgmma, 32, 1, 12, 1, 1, 8, 0.365f},
-    {GemmKind::kWgmma, 32, 1, 16, 1, 1, 7, 0.44f},
-    {GemmKind::kWgmma, 64, 1, 8, 1, 1, 7, 0.30f},
-    {GemmKind::kWgmma, 64, 1, 12, 1, 1, 5, 0.46f},
-    {GemmKind::kWgmma, 64, 1, 16, 1, 1, 4, 0.53f},
-    {GemmKind::kWgmma, 96, 1, 12, 1, 1, 7, 0.53f},
-    {GemmKind::kWgmma, 128, 1, 8, 1, 1, 7, 0.41f},
-    {GemmKind::kWgmma, 128, 1, 12, 1, 1, 6, 0.58f},
-    // Each decoded weight serves 192 or 256 tokens.
-    {GemmKind::kWgmma, 192, 1, 8, 1, 1, 5, 0.53f},
-    {GemmKind::kWgmma, 256, 1, 8, 1, 1, 4, 0.715f},
+    {GemmKind::kWgmma, 16, 1, 16, 1, 1, 8, 0.345f},
+    {GemmKind::kWgmma, 32, 1, 8, 1, 1, 10, 0.251f},
+    {GemmKind::kWgmma, 32, 1, 12, 1, 1, 8, 0.305f},
+    {GemmKind::kWgmma, 32, 1, 16, 1, 1, 7, 0.371f},
+    {GemmKind::kWgmma, 64, 1, 8, 1, 1, 7, 0.257f},
+    {GemmKind::kWgmma, 64, 1, 12, 1, 1, 5, 0.345f},
+    {GemmKind::kWgmma, 64, 1, 16, 1, 1, 4, 0.442f},
+    {GemmKind::kWgmma, 96, 1, 12, 1, 1, 7, 0.435f},
+    {GemmKind::kWgmma, 128, 1, 8, 1, 1, 7, 0.354f},
+    {GemmKind::kWgmma, 128, 1, 12, 1, 1, 6, 0.490f},
+    // The tensor cores limit: several widths, so that one of them fills the last wave.
+    {GemmKind::kWgmma, 160, 1, 12, 1, 1, 5, 0.563f},
+    {GemmKind::kWgmma, 176, 1, 12, 1, 1, 5, 0.612f},
+    {GemmKind::kWgmma, 192, 1, 12, 1, 1, 4, 0.667f},
+    {GemmKind::kWgmma, 192, 1, 8, 1, 1, 5, 0.444f},
+    {GemmKind::kWgmma, 256, 1, 8, 1, 1, 4, 0.614f},
     // The expert layer of one token: what is left to do when the last weights have come counts, so
     // K is split between as many warps as there are registers for.
     {GemmKind::kOneToken, 8, 2, 1, 24, 1, 3},
@@ -94,18 +97,25 @@ constexpr bool is_streaming_moe(const GemmConfig& config) {
   return config.kind == GemmKind::kStreaming && config.stage_chunks() == 24;
 }
 constexpr bool is_grouped_wgmma(const GemmConfig& config) {
-  return config.kind == GemmKind::kWgmma &&
-         (config.tile_m == 256 || (config.tile_m >= 32 && config.tile_n() == 192));
+  return config.kind == GemmKind::kWgmma && config.tile_m >= 32 && config.tile_m % 32 == 0 &&
+         (config.tile_n() >= 192 || config.tile_m == 256);
 }
 inline constexpr int kOneTokenPairs = 4, kOneTokenMaxInner = 3072;
-inline constexpr int kStreamingMoePairs = 512;
+inline constexpr int kStreamingMoePairs = 1024;
 inline constexpr int kStreamingMoeExperts = 512;
 
-// Parts of smaller tiles would be too many for what handing them over costs.
+// Those for which it was fastest somewhere: each takes another kernel.
 constexpr bool can_share_tiles(const GemmConfig& config) {
-  return config.kind == GemmKind::kWgmma && config.tile_m >= 128;
+  return config.kind == GemmKind::kWgmma &&
+         ((config.tile_m == 128 && config.tile_n() == 192) || config.tile_m == 256);
+}
+inline constexpr int kMaxSplit = 8;
+// Larger tiles leave no room for the sums of as many thread blocks.
+constexpr int max_split(const GemmConfig& config) {
+  return config.tile_m * config.tile_n() >= 192 * 192 ? 1 : config.tile_m > 128 ? 2 : kMaxSplit;
 }
 inline constexpr int kShareTiles = 0, kMaxSharers = 144;  // multiprocessors of any sm_90
+inline constexpr int kMaxSharedWaves = 4, kMaxSharedK = 1 << 20;
 
 struct GemmChoice {
   int config;  // index into kGemmConfigs

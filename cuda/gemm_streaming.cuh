@@ -80,7 +80,8 @@ struct StreamingGemm {
 
   // One copy warp's share of a stage: rows producer, producer + kProducers, ... of the `tile_rows`
   // from `first_row` on, announced piece by piece to the barriers at `full`; with the first slice
-  // also their bias.
+  // also their bias. kReadsOnce: nobody will read them again soon.
+  template <bool kReadsOnce>
   __device__ static void copy_stage(const PackedWeights& weights, const Bias& bias, int k,
                                     int64_t first_row, int tile_rows, int slice, int num_slices,
                                     uint32_t stage, uint32_t bias_slot, uint32_t full,
@@ -95,6 +96,13 @@ struct StreamingGemm {
     const int64_t block = first_block + int64_t(row) * blocks_per_row + slice * kRowScales;
     const bool copies_bias = bias.data && slice == 0 && producer == 0;
     const int bias_bytes = tile_rows * size_of(bias.type);
+    const uint64_t policy = kReadsOnce ? ptx::cache_policy(ptx::Evict::kFirst) : 0;
+    const auto copy = [&](uint32_t to, const uint8_t* from, int bytes) {
+      if constexpr (kReadsOnce)
+        ptx::bulk_copy(to, from, bytes, full, policy);
+      else
+        ptx::bulk_copy(to, from, bytes, full);
+    };
 #pragma unroll
     for (int q = 0; q < kChunks; ++q, full += 8) {
       const int offset = q * kPieceBytes;
@@ -109,12 +117,9 @@ struct StreamingGemm {
       __syncwarp();
       if (q == 0) {
         if (num_slices > 1) {
-          if (copies)
-            ptx::bulk_copy(stage + kScaleOffset + row * kRowScales, weights.scales + block, scales,
-                           full);
+          if (copies) copy(stage + kScaleOffset + row * kRowScales, weights.scales + block, scales);
         } else if (lane == 0 && producer == 0) {
-          ptx::bulk_copy(stage + kScaleOffset, weights.scales + first_block, tile_rows * scales,
-                         full);
+          copy(stage + kScaleOffset, weights.scales + first_block, tile_rows * scales);
         }
       }
       if (q == 0 && copies_bias && lane == 1)
@@ -122,8 +127,7 @@ struct StreamingGemm {
                        static_cast<const char*>(bias.data) + first_row * size_of(bias.type),
                        bias_bytes, full);
       if (copies && bytes > 0)
-        ptx::bulk_copy(stage + row * kStride + offset,
-                       weights.blocks + block * kBlockBytes + offset, bytes, full);
+        copy(stage + row * kStride + offset, weights.blocks + block * kBlockBytes + offset, bytes);
     }
   }
 
@@ -142,9 +146,10 @@ struct StreamingGemm {
     for (int tile = blockIdx.x; tile < args.n / kTileN; tile += gridDim.x, bias_ring.advance()) {
       for (int slice = 0; slice < num_slices; ++slice, ring.advance()) {
         wait_empty(ring, fill);
-        copy_stage(args.weights, args.bias, args.k, int64_t(tile) * kTileN, kTileN, slice,
-                   num_slices, shared + ring.index * kStageBytes, bias_slot(shared, bias_ring),
-                   barriers.full + 8 * kChunks * ring.index, producer);
+        copy_stage<true>(args.weights, args.bias, args.k, int64_t(tile) * kTileN, kTileN, slice,
+                         num_slices, shared + ring.index * kStageBytes,
+                         bias_slot(shared, bias_ring), barriers.full + 8 * kChunks * ring.index,
+                         producer);
       }
     }
   }

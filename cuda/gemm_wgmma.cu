@@ -14,7 +14,7 @@ cudaError_t launch(int config, int split, const GemmArgs& args, int multiprocess
         if constexpr (can_share_tiles(kGemmConfigs[kConfig]))
           if (split == kShareTiles)
             return launch_config<kConfig, Epilogue::kDense, true>(1, args, multiprocessors, stream);
-        if (split >= 1)
+        if (split >= 1 && split <= max_split(kGemmConfigs[kConfig]))
           return launch_config<kConfig, Epilogue::kDense>(split, args, multiprocessors, stream);
       }
     return launch<kConfig + 1>(config, split, args, multiprocessors, stream);

@@ -34,7 +34,8 @@ struct Matrix {
 };
 
 inline cudaError_t encode(CUtensorMap* map, const Matrix& matrix, int box_inner, int box_outer,
-                          CUtensorMapSwizzle swizzle) {
+                          CUtensorMapSwizzle swizzle,
+                          CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B) {
   const auto encoder = tensor_map_encoder();
   if (!encoder) return cudaErrorNotSupported;
   const cuuint64_t sizes[] = {cuuint64_t(matrix.inner), cuuint64_t(matrix.outer)};
@@ -43,10 +44,11 @@ inline cudaError_t encode(CUtensorMap* map, const Matrix& matrix, int box_inner,
   const cuuint32_t steps[] = {1, 1};
   const CUresult result =
       encoder(map, matrix.type, 2, const_cast<void*>(matrix.data), sizes, pitches, box, steps,
-              CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+              CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
+
+constexpr int64_t kReadAheadBytes = 16 << 20;  // of codes
 
 // kShared: all thread blocks share all tiles; `split` is 1.
 template <int kConfig, Epilogue kEpilogue, bool kShared = false>
@@ -54,7 +56,8 @@ cudaError_t launch_config(int split, const GemmArgs& gemm, int multiprocessors,
                           cudaStream_t stream) {
   using Kernel = WgmmaGemm<kConfig, kEpilogue, kShared>;
   constexpr auto kernel = wgmma_kernel<kConfig, kEpilogue, kShared>;
-  if (kShared && multiprocessors > kMaxSharers) return cudaErrorInvalidValue;
+  if (kShared && (multiprocessors > kMaxSharers || gemm.k > kMaxSharedK))
+    return cudaErrorInvalidValue;
   if (cudaError_t error = opt_in_shared_memory<kernel>(Kernel::kSharedBytes)) return error;
 
   WgmmaArgs args = {};
@@ -66,12 +69,35 @@ cudaError_t launch_config(int split, const GemmArgs& gemm, int multiprocessors,
   args.k = gemm.k;
   args.tiles_m = (args.m + Kernel::kTileM - 1) / Kernel::kTileM;
   args.tiles_n = (args.n + Kernel::kTileN - 1) / Kernel::kTileN;
+  if (split > kMaxSplit) return cudaErrorInvalidValue;
+  if (kShared && int64_t(args.tiles_m) * args.tiles_n > kMaxSharedWaves * multiprocessors)
+    return cudaErrorInvalidValue;
   args.split = split;
-  args.scatter = Kernel::kGrouped || gemm.out_type == DType::kF32 || gemm.n % 8 != 0;
+  const int slabs = gemm.k / 64;
+  for (int rank = 0; rank <= split; ++rank)
+    args.first_slab[rank] = int(int64_t(slabs) * rank / split);
+  if constexpr (!Kernel::kGrouped) {
+    const int width = args.tiles_m < Kernel::kBand ? args.tiles_m : Kernel::kBand;
+    args.band = Divisor(Kernel::kBand * args.tiles_n);
+    args.band_width = Divisor(width);
+    args.last_band_width = Divisor((args.tiles_m - 1) % Kernel::kBand + 1);
+  }
+  args.row_tiles = Divisor(args.tiles_n);
+  args.ranks = Divisor(split);
+  args.slabs = Divisor(slabs);
+  args.blocks = Divisor(multiprocessors);
+  args.scatter = Kernel::kGrouped || gemm.out_type != DType::kBF16 || gemm.n % 8 != 0;
   args.tiles = reinterpret_cast<const int4*>(gemm.tiles);
   args.tile_count = gemm.tile_count;
   args.alpha = gemm.alpha;
   args.limit = gemm.limit;
+
+  // Reading 256 bytes of a row ahead is what memory is fast with, but the first slab waits for it:
+  // not where that is most of the time.
+  const bool ahead = Kernel::kGrouped || int64_t(gemm.n) * gemm.k / 2 > kReadAheadBytes;
+  // With one tile of tokens every weight is read once, and the activations by all. But of rows that
+  // begin anywhere in 256 bytes, L2 fetches pieces ahead, which it must then keep.
+  args.reads_once = !Kernel::kGrouped && args.tiles_m == 1 && (!ahead || gemm.k % 512 == 0);
 
   WgmmaMaps maps;
   const Matrix x = {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, gemm.x, gemm.k, gemm.m, int64_t(gemm.k) * 2};
@@ -86,22 +112,24 @@ cudaError_t launch_config(int split, const GemmArgs& gemm, int multiprocessors,
   if (w.outer % scale_rows) return cudaErrorInvalidValue;
   const Matrix scales = {CU_TENSOR_MAP_DATA_TYPE_UINT8, gemm.weights.scales,
                          scale_rows * scale_bytes, w.outer / scale_rows, scale_rows * scale_bytes};
-  if (args.split == 1 && scale_bytes <= Kernel::kMaxScaleBytes)
+  if (scale_bytes <= Kernel::kMaxScaleBytes)
     args.scale_slabs = gemm.k / 64;  // of the whole tile
   else
     args.scale_rows = scale_rows;
-  const Matrix out = {CU_TENSOR_MAP_DATA_TYPE_UINT16, gemm.out, gemm.n, gemm.m,
+  const Matrix out = {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, gemm.out, gemm.n, gemm.m,
                       int64_t(gemm.n) * 2};
   if (cudaError_t error = encode(&maps.x, x, 64, Kernel::kBoxTokens, CU_TENSOR_MAP_SWIZZLE_128B))
     return error;
-  if (cudaError_t error = encode(&maps.w, w, 64, Kernel::kTileN, CU_TENSOR_MAP_SWIZZLE_64B))
+  if (cudaError_t error =
+          encode(&maps.w, w, 64, Kernel::kTileN, CU_TENSOR_MAP_SWIZZLE_64B,
+                 ahead ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_NONE))
     return error;
   if (cudaError_t error = encode(&maps.scales, scales, Kernel::kScaleBoxBytes,
                                  Kernel::kTileN / scale_rows, CU_TENSOR_MAP_SWIZZLE_NONE))
     return error;
   if (!args.scatter)
-    if (cudaError_t error = encode(&maps.out, out, 64, split > 1 ? 8 : Kernel::kStoreTokens,
-                                   CU_TENSOR_MAP_SWIZZLE_128B))
+    if (cudaError_t error =
+            encode(&maps.out, out, 64, 8 * Kernel::kStagedGroups, CU_TENSOR_MAP_SWIZZLE_128B))
       return error;
 
   // How many tiles a grouped product has is known on the device only.

@@ -85,9 +85,10 @@ struct OneTokenMoe {
     for (GateUp g(args); !g.done(); g.next(), ring.advance(), bias_ring.advance()) {
       const int64_t row = expert_of(args, g.pair()) * (2 * args.inner) + g.row();
       Gemm::wait_empty(ring, fill);
-      Gemm::copy_stage(args.gate_up, args.gate_up_bias, int(args.d), row, g.rows(), 0, 1,
-                       shared + ring.index * Gemm::kStageBytes, Gemm::bias_slot(shared, bias_ring),
-                       barriers.full + 8 * Gemm::kChunks * ring.index, producer);
+      Gemm::template copy_stage<false>(args.gate_up, args.gate_up_bias, int(args.d), row, g.rows(),
+                                       0, 1, shared + ring.index * Gemm::kStageBytes,
+                                       Gemm::bias_slot(shared, bias_ring),
+                                       barriers.full + 8 * Gemm::kChunks * ring.index, producer);
     }
     for (Down d(args); d.unit < d.end; ++d.unit, ring.advance(), bias_ring.advance()) {
       Gemm::wait_empty(ring, fill);

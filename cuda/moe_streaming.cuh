@@ -64,7 +64,7 @@ struct StreamingMoe {
   struct Schedule {
     int count;                       // of segments
     int free[kStreamingMoeExperts];  // an expert's pairs, then its next free place
-    Segment segments[kStreamingMoePairs];
+    Segment segments[kStreamingMoeExperts + kStreamingMoePairs / kTileM];
     uint16_t pairs[kStreamingMoePairs];  // by expert
 
     // By one warp.
@@ -186,10 +186,10 @@ struct StreamingMoe {
       for (int unit = step.begin; unit < step.end; ++unit, ring.advance(), bias_ring.advance()) {
         const Segment& segment = schedule.segments[unit / step.tiles];
         Gemm::wait_empty(ring, fill);
-        Gemm::copy_stage(step.weights, step.bias, step.k, step.first_row(segment, unit), kTileN, 0,
-                         1, shared + ring.index * Gemm::kStageBytes,
-                         Gemm::bias_slot(shared, bias_ring),
-                         barriers.full + 8 * Gemm::kChunks * ring.index, producer);
+        Gemm::template copy_stage<false>(
+            step.weights, step.bias, step.k, step.first_row(segment, unit), kTileN, 0, 1,
+            shared + ring.index * Gemm::kStageBytes, Gemm::bias_slot(shared, bias_ring),
+            barriers.full + 8 * Gemm::kChunks * ring.index, producer);
       }
     }
   }

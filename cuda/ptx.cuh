@@ -66,6 +66,12 @@ __device__ __forceinline__ void store_relaxed(unsigned* global, unsigned v) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;\n" ::"l"(global), "r"(v) : "memory");
 }
 
+__device__ __forceinline__ void store_shared16(uint32_t shared, const float* v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(shared), "f"(v[0]), "f"(v[1]),
+               "f"(v[2]), "f"(v[3])
+               : "memory");
+}
+
 __device__ __forceinline__ uint4 load_shared16(uint32_t shared) {
   uint4 v;
   asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];\n"
@@ -75,9 +81,31 @@ __device__ __forceinline__ uint4 load_shared16(uint32_t shared) {
   return v;
 }
 
+// What L2 gives up first when it needs room: weights that are read once, so that activations stay.
+// There is none for the usual order: naming that in a copy is slower than not naming one.
+enum class Evict { kFirst, kLast };
+
+__device__ __forceinline__ uint64_t cache_policy(Evict order) {
+  uint64_t policy;
+  if (order == Evict::kFirst)
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+  else
+    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;\n" : "=l"(policy));
+  return policy;
+}
+
 // Weights that come back from no cache: bytes from global to shared memory by the copy engine,
 // which needs one instruction for a whole row and no registers. Completion is counted on `barrier`.
 // Everything is a multiple of 16 bytes. sm_90 and later.
+__device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, uint32_t bytes,
+                                          uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;\n" ::"r"(shared),
+      "l"(global), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
 __device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, uint32_t bytes,
                                           uint32_t barrier) {
   asm volatile(
@@ -154,6 +182,15 @@ __device__ __forceinline__ void tensor_load(uint32_t shared, const void* map, in
       : "memory");
 }
 
+__device__ __forceinline__ void tensor_load(uint32_t shared, const void* map, int inner, int outer,
+                                            uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3}], [%4], %5;\n" ::"r"(shared),
+      "l"(map), "r"(inner), "r"(outer), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
 // And back; what lies outside the tensor is dropped.
 __device__ __forceinline__ void tensor_store(const void* map, int inner, int outer,
                                              uint32_t shared) {
@@ -203,6 +240,19 @@ __device__ __forceinline__ uint4 load_matrices(uint32_t shared) {
   return v;
 }
 
+// This one's number and how many there are; without clusters each thread block is one.
+__device__ __forceinline__ int cluster() {
+  int number;
+  asm volatile("mov.u32 %0, %%clusterid.x;\n" : "=r"(number));
+  return number;
+}
+
+__device__ __forceinline__ int clusters() {
+  int count;
+  asm volatile("mov.u32 %0, %%nclusterid.x;\n" : "=r"(count));
+  return count;
+}
+
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
@@ -226,8 +276,7 @@ __device__ __forceinline__ uint32_t shared_of_rank(uint32_t shared, int rank) {
 
 // 16 bytes to a thread block of the cluster, whose barrier counts them: the data and the news of it
 // in one, without a fence.
-__device__ __forceinline__ void store_async16(uint32_t address, const float (&v)[4],
-                                              uint32_t barrier) {
+__device__ __forceinline__ void store_async16(uint32_t address, const float* v, uint32_t barrier) {
   asm volatile(
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
       "[%0], {%1, %2, %3, %4}, [%5];\n" ::"r"(address),
