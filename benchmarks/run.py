@@ -5,7 +5,7 @@
     python benchmarks/run.py moe
     python benchmarks/run.py gpt_oss --random-weights 20b 120b
     python benchmarks/run.py load --layouts huggingface gguf
-    python benchmarks/run.py report benchmarks/results/2026-11-22-h100-matmul.json
+    python benchmarks/run.py report benchmarks/results/2026-11-23-h100-matmul.json
 
 All but `report` write benchmarks/results/DATE-DEVICE-COMMAND.json and print a table; progress goes
 to stderr. Exit status: 0, 1 when something was wrong, out of time or not in one CUDA graph, 2 when
