@@ -123,9 +123,8 @@ GemmChoice select_wgmma(const GemmShape& shape) {
     if (config.kind != GemmKind::kWgmma) continue;
     if (config.tile_m < 128 && config.tile_m < shape.m) continue;  // else codes are decoded twice
     const int64_t tiles = ceil_div(shape.m, config.tile_m) * ceil_div(shape.n, config.tile_n());
-    if (can_share(config, shape, tiles)) {
+    if (can_share(config, shape, tiles))
       consider({i, kShareTiles}, shared_us(config, shape, tiles));
-    }
     for (const int split : kSplits) {
       if (split > 1 && (tiles > clusters_at_once(shape.wgmma_multiprocessors, split) ||
                         split > ceil_div(shape.k, 128) || split > max_split(config)))

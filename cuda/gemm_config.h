@@ -96,6 +96,7 @@ inline constexpr int kNumGemmConfigs = sizeof(kGemmConfigs) / sizeof(kGemmConfig
 constexpr bool is_streaming_moe(const GemmConfig& config) {
   return config.kind == GemmKind::kStreaming && config.stage_chunks() == 24;
 }
+// Activations of a grouped tile come in boxes of 32 tokens, or of 64.
 constexpr bool is_grouped_wgmma(const GemmConfig& config) {
   return config.kind == GemmKind::kWgmma && config.tile_m >= 32 && config.tile_m % 32 == 0 &&
          (config.tile_n() >= 192 || config.tile_m == 256);

@@ -56,7 +56,6 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
   using typename Base::Walk;
 
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
-  static constexpr int kStarted = 5;  // named barrier
 
   // The register file holds 64 K; what the copy warpgroup gives up goes to the others.
   static constexpr int kComputeRegisters = kWarpgroups == 2   ? 232
@@ -371,7 +370,7 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
     const Block block(args, memory);
     const int thread = threadIdx.x - 128 * kWarpgroups, lane = threadIdx.x % 32;
     if (thread < 0) {
-      ptx::named_barrier_sync(kStarted, kThreads);
+      ptx::named_barrier_sync(Base::kStarted, kThreads);
       ptx::claim_registers<kComputeRegisters>();
       compute(args, maps, block);
       return;
@@ -394,7 +393,7 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
       ptx::barrier_init_fence();
     }
     __syncwarp();
-    ptx::named_barrier_arrive(kStarted, kThreads);
+    ptx::named_barrier_arrive(Base::kStarted, kThreads);
     ptx::release_registers<kCopyRegisters>();
     if (kShared && warp == 3)
       Base::publish_part(Walk(args, block));

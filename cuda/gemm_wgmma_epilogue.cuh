@@ -35,8 +35,8 @@ struct WgmmaEpilogue : WgmmaTiles<kConfig, kEpilogue, kShared> {
   // then of row g + 8 (gate_up: rows 2g and 2g + 1).
   using Sums = float[kTileM / 2];
 
-  // Named barriers; 0 is that of the whole thread block, and warpgroups have 1 and their number.
-  static constexpr int kHandedOver = 6;
+  // Named barriers; a warpgroup has 1 and its number.
+  static constexpr int kStarted = 5, kHandedOver = 6;
 
   static constexpr int kSlotBytes = kWarpgroups * 128 * 16;  // of the exchange of sums, one group
 
@@ -68,7 +68,7 @@ struct WgmmaEpilogue : WgmmaTiles<kConfig, kEpilogue, kShared> {
   __device__ static uint32_t staging_of_lane(const Block& block) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const int token = lane % 8, unit = 2 * warp + lane / 8 % 2;
-    return block.staging(threadIdx.x / 128, 0) + token * 128 + (unit ^ token) * 16;
+    return block.staging(threadIdx.x / 128) + token * 128 + (unit ^ token) * 16;
   }
 
   __device__ static void stage(uint32_t to, const float* v, const RowBias& bias) {
@@ -87,7 +87,7 @@ struct WgmmaEpilogue : WgmmaTiles<kConfig, kEpilogue, kShared> {
     int token = thread / 8;
     __nv_bfloat16* out =
         static_cast<__nv_bfloat16*>(args.out) + int64_t(tile.token + first + token) * args.n + row;
-    uint32_t from = block.staging(warpgroup, 0) + token * 128 + (unit ^ token % 8) * 16;
+    uint32_t from = block.staging(warpgroup) + token * 128 + (unit ^ token % 8) * 16;
 #pragma unroll 2
     for (; token < end; token += 16) {
       *reinterpret_cast<uint4*>(out) = ptx::load_shared16(from);
@@ -116,7 +116,7 @@ struct WgmmaEpilogue : WgmmaTiles<kConfig, kEpilogue, kShared> {
     if (args.scatter) {
       // Through slots of its own a thread gets at its sums by number.
       constexpr int kSlots = kStagedGroups / 2;
-      const uint32_t slots = block.staging(warpgroup, 0) + threadIdx.x % 128 * 16;
+      const uint32_t slots = block.staging(warpgroup) + threadIdx.x % 128 * 16;
 #pragma unroll
       for (int first = 0; first < kTokenGroups; first += kSlots) {
 #pragma unroll
@@ -153,7 +153,7 @@ struct WgmmaEpilogue : WgmmaTiles<kConfig, kEpilogue, kShared> {
     ptx::named_barrier_sync(1 + warpgroup, 128);
     const int row = tile.row + warpgroup * 64, token = tile.token + kLast * 8;
     if (leader && row < args.n && token < args.m) {
-      ptx::tensor_store(&maps.out, row, token, block.staging(warpgroup, 0));
+      ptx::tensor_store(&maps.out, row, token, block.staging(warpgroup));
       ptx::bulk_store_commit();
     }
   }
@@ -328,7 +328,7 @@ struct WgmmaEpilogue : WgmmaTiles<kConfig, kEpilogue, kShared> {
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         bias[i] = load_float(args.bias.data, args.bias.type, tile.expert_row + row + i);
-    const uint32_t staging = block.staging(warpgroup, 0);
+    const uint32_t staging = block.staging(warpgroup);
     ptx::named_barrier_sync(1 + warpgroup, 128);  // the tile before has left it
 #pragma unroll
     for (int j = 0; j < kTokenGroups; ++j) {

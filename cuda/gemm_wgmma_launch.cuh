@@ -56,8 +56,6 @@ cudaError_t launch_config(int split, const GemmArgs& gemm, int multiprocessors,
                           cudaStream_t stream) {
   using Kernel = WgmmaGemm<kConfig, kEpilogue, kShared>;
   constexpr auto kernel = wgmma_kernel<kConfig, kEpilogue, kShared>;
-  if (kShared && (multiprocessors > kMaxSharers || gemm.k > kMaxSharedK))
-    return cudaErrorInvalidValue;
   if (cudaError_t error = opt_in_shared_memory<kernel>(Kernel::kSharedBytes)) return error;
 
   WgmmaArgs args = {};
@@ -70,7 +68,8 @@ cudaError_t launch_config(int split, const GemmArgs& gemm, int multiprocessors,
   args.tiles_m = (args.m + Kernel::kTileM - 1) / Kernel::kTileM;
   args.tiles_n = (args.n + Kernel::kTileN - 1) / Kernel::kTileN;
   if (split > kMaxSplit) return cudaErrorInvalidValue;
-  if (kShared && int64_t(args.tiles_m) * args.tiles_n > kMaxSharedWaves * multiprocessors)
+  if (kShared && (multiprocessors > kMaxSharers || gemm.k > kMaxSharedK ||
+                  int64_t(args.tiles_m) * args.tiles_n > kMaxSharedWaves * multiprocessors))
     return cudaErrorInvalidValue;
   args.split = split;
   const int slabs = gemm.k / 64;

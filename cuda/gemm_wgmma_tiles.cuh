@@ -127,9 +127,10 @@ struct WgmmaTiles {
     __device__ uint32_t scales(int stage) const {
       return shared + kScaleOffset + stage * kScaleBytes;
     }
-    // One kilobyte: eight tokens of 64 rows, 16 bytes swizzled within 128.
-    __device__ uint32_t staging(int warpgroup, int slot) const {
-      return shared + kStagingOffset + (warpgroup * kStagedGroups + slot) * 1024;
+    // Of a warpgroup: a kilobyte for every eight tokens of its 64 rows, 16 bytes swizzled within
+    // 128.
+    __device__ uint32_t staging(int warpgroup) const {
+      return shared + kStagingOffset + warpgroup * kStagedGroups * 1024;
     }
   };
 
