@@ -1,5 +1,6 @@
 #include "gemm_config.h"
 
+#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 
@@ -65,19 +66,34 @@ int select_streaming(const GemmShape& shape) {
   return best;
 }
 
-// Microseconds of a launch, with the first loads and the last stores; of what lies between two
-// tiles of a thread block beside their steps.
-constexpr float kLaunch = 3.4f, kNextTile = 4.5f;
+// The model of a product's time, in microseconds: a launch with the first loads and the last
+// stores, and then what takes longest of computing, reading operands from L2 and reading weights
+// from memory. All constants were fitted to measurements of all configurations on an H100.
+constexpr float kLaunch = 3.6f;
+// Of a sum that goes to another thread block, through the cluster's network or through memory.
+constexpr float kSum = 1.0f / 5000;
 
-// A product's time in microseconds: steps of all waves of tiles, what was measured beside them, and
-// the exchange of sums: each of `split` thread blocks sends all of its tile but its own part.
+float loads_us(const GemmConfig& config, const GemmShape& shape, int64_t tiles) {
+  constexpr float kL2 = 7.15e6f, kMemory = 2.92e6f;  // bytes in a microsecond
+  constexpr float kWeight = 17.0f / 32;              // bytes
+  const float of_tile = float(shape.k) * float(2 * config.tile_m + kWeight * config.tile_n());
+  return std::max(float(tiles) * of_tile / kL2,
+                  float(shape.n) * float(shape.k) * kWeight / kMemory);
+}
+
+// What lies between two tiles of a thread block beside their steps.
+float next_tile_us(const GemmConfig& config) { return 0.18f + 0.028f * float(config.tile_m); }
+
+// With an exchange of sums each of `split` thread blocks sends all of its tile but its own part.
 float wgmma_us(const GemmConfig& config, const GemmShape& shape, int64_t tiles, int split) {
-  constexpr float kExchange = 0.215f, kExchangePerSum = 1.0f / 5200;
+  constexpr float kExchange = 0.26f;
   const int64_t waves = ceil_div(tiles * split, shape.wgmma_multiprocessors);
   const int64_t steps = ceil_div(shape.k / 64, split);
   const float sums = float(config.tile_m * config.tile_n()) * float(split - 1) / float(split);
-  const float exchange = split > 1 ? kExchange * float(split) + kExchangePerSum * sums : 0.0f;
-  return kLaunch + float(waves * steps) * config.step_us + float(waves - 1) * kNextTile + exchange;
+  const float exchange = split > 1 ? kExchange * float(split) + kSum * sums : 0.0f;
+  const float computing =
+      float(waves * steps) * config.step_us + float(waves - 1) * next_tile_us(config) + exchange;
+  return kLaunch + std::max(computing, loads_us(config, shape, tiles));
 }
 
 // Clusters of `split` thread blocks that surely run at once. Pairs always fit; others lose what is
@@ -92,10 +108,12 @@ int64_t clusters_at_once(int multiprocessors, int split) {
 // over instead of a last wave that is not full. Steps are slower, as neighbours are at different
 // places of their operands.
 float shared_us(const GemmConfig& config, const GemmShape& shape, int64_t tiles) {
-  constexpr float kHandOver = 12.0f, kApart = 1.06f;
+  constexpr float kApart = 1.13f;
   const float waves = float(tiles) / float(shape.wgmma_multiprocessors);
-  return kLaunch + kApart * waves * float(shape.k / 64) * config.step_us + (waves - 1) * kNextTile +
-         kHandOver;
+  const float computing = kApart * waves * float(shape.k / 64) * config.step_us +
+                          (waves - 1) * next_tile_us(config) +
+                          kSum * float(config.tile_m * config.tile_n());
+  return kLaunch + std::max(computing, loads_us(config, shape, tiles));
 }
 
 // Over many waves the runs of neighbours lie so far apart that their operands meet in L2 no more
@@ -143,11 +161,10 @@ GemmChoice select_gemm(const GemmShape& shape) {
       shape.wgmma_multiprocessors > 0 && shape.m > 8 && shape.k % 64 == 0 && shape.n % 8 == 0;
   if (shape.streaming_multiprocessors > 0) {
     const int streaming = select_streaming(shape);
-    // Beyond 8 tokens and one stage of K the streaming kernels read all activations again for every
-    // 32 or 64 rows; wgmma tiles of 256 rows are faster where they are enough for the GPU.
-    const bool rereads = shape.m > 8 && shape.k > 4096;
-    const bool enough = ceil_div(shape.n, 256) * 4 >= int64_t(shape.wgmma_multiprocessors) * 3;
-    if (streaming >= 0 && !(wgmma && rereads && enough)) return {streaming, 1};
+    // Beyond one stage of K the streaming kernels read all activations again for every 32 or 64
+    // rows, which more than 8 tokens make slower than wgmma tiles of 16.
+    if (streaming >= 0 && !(wgmma && !is_one_stage(kGemmConfigs[streaming], shape)))
+      return {streaming, 1};
   }
   if (wgmma) return select_wgmma(shape);
   if (shape.m <= 16)

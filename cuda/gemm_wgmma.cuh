@@ -8,8 +8,8 @@
 //   warpgroup 1   |     decode | wgmma, fetch | decode | wgmma, fetch    ...
 //
 // K is walked through in slabs of 64, the rows of 128 bytes that the tensor cores read of the
-// activations. Slab i is decoded while the product of slab i - 1 runs, and the codes of slab i + 2
-// are fetched after that.
+// activations. Slab i is decoded while the product of slab i - 1 runs; once its own is issued, the
+// codes of slab i + 1 are fetched.
 //
 // Lane (g, c) = (lane / 4, lane % 4) holds rows g and g + 8 of a warp's 16, and of every 8
 // positions of K the pair 2c, 2c + 1: word c of a prepared block, which is what one ldmatrix gives
@@ -56,6 +56,11 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
   using typename Base::Walk;
 
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
+
+  // A second loop without the checks for the ends of a tile and of a stage of scales: a sixth fewer
+  // instructions. Wider tiles are limited by the tensor cores, and at 64 x 256 there are not enough
+  // registers: ptxas would let products wait for each other.
+  static constexpr bool kHasSteadyLoop = kTileM <= 128 && !(kTileM == 64 && kTileN == 256);
 
   // The register file holds 64 K; what the copy warpgroup gives up goes to the others.
   static constexpr int kComputeRegisters = kWarpgroups == 2   ? 232
@@ -106,17 +111,24 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
         ptx::barrier_wait(block.scale_empty + 8 * ring.index, ring.parity ^ 1);
         const uint32_t full = block.scale_full + 8 * ring.index;
         const uint32_t to = block.scales(ring.index);
+        const int rows = min(kTileN, args.n - tile.row);
+        const bool last = slab + args.scale_slabs >= walk.end;
+        const int bias = args.bias.data && last ? rows * size_of(args.bias.type) : 0;
         if (group) {
-          ptx::barrier_arrive_expect(full, kTileN * kScaleBoxBytes);
+          ptx::barrier_arrive_expect(full, kTileN * kScaleBoxBytes + bias);
           const int first_row = row >> (__ffs(group) - 1);
           for (int i = 0; i < group; ++i)
             ptx::tensor_load(to + i * (kTileN / group * kScaleBoxBytes), &maps.scales,
                              first_scale(i * scale_bytes, slab) / 16 * 16, first_row, full);
         } else {
-          const int bytes = min(kTileN, args.n - tile.row) * scale_bytes;
-          ptx::barrier_arrive_expect(full, bytes);
-          ptx::bulk_copy(to, args.scales + int64_t(row) * scale_bytes, bytes, full);
+          ptx::barrier_arrive_expect(full, rows * scale_bytes + bias);
+          ptx::bulk_copy(to, args.scales + int64_t(row) * scale_bytes, rows * scale_bytes, full);
         }
+        if (bias)
+          ptx::bulk_copy(
+              block.bias(ring.index),
+              static_cast<const char*>(args.bias.data) + int64_t(row) * size_of(args.bias.type),
+              bias, full);
       }
     }
   }
@@ -203,44 +215,50 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
     Ring<kXStages> x;
     Ring<kCodeStages> codes;
     Ring<kScaleStages> scales;
-    uint32_t code_offset;      // of the row and the block whose address a lane gives to ldmatrix
-    uint32_t scale_offset[2];  // of rows g and g + 8
-    int scale_row[2];
-    uint32_t scale[2];  // addresses, of the pair of slabs that is next
-    int next_scales;    // slab that needs another stage
-    int begin;          // of the tile
+    uint32_t code_offset;  // of the row and the block whose address a lane gives to ldmatrix
+    uint32_t scale[2];     // of rows g and g + 8: addresses, of the pair of slabs that is next
+    int next_scales;       // slab that needs another stage
+    int begin;             // of the tile
 
     __device__ Cursor(const WgmmaArgs& args) {
       const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
       const int row = warp * 16 + lane % 8 * kFirstRow + lane / 8 % 2 * kSecondRow;
       // The copy engine swaps the four blocks of a row by bits 1 and 2 of the row's number.
       code_offset = row * 64 + (lane / 16 ^ row / 2 % 4) * kBlockBytes;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = warp * 16 + lane / 4 * kFirstRow + half * kSecondRow;
-        const int scale_bytes = args.k / kBlockSize, group = args.scale_rows;
-        const int in_group = row & (group - 1);  // a power of two
-        scale_offset[half] =
-            group ? ((in_group * kTileN + row - in_group) >> (__ffs(group) - 1)) * kScaleBoxBytes
-                  : row * scale_bytes;
-        scale_row[half] = group ? in_group * scale_bytes : 0;
-      }
     }
   };
 
-  // Slab i of the tile, odd or even, the last one perhaps. Frees what is not needed any more.
-  template <int kOdd>
-  __device__ static void fetch(const WgmmaArgs& args, const Block& block, Cursor& cursor, int i,
-                               bool last, Packed& packed) {
-    if (!kOdd && i == cursor.next_scales) {
-      const int scale_mask = args.scale_rows ? 15 : ~0;
-      ptx::barrier_wait(block.scale_full + 8 * cursor.scales.index, cursor.scales.parity);
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        cursor.scale[half] = block.scales(cursor.scales.index) + cursor.scale_offset[half] +
-                             (first_scale(cursor.scale_row[half], cursor.begin + i) & scale_mask);
-      cursor.next_scales += args.scale_slabs;
+  // On to the stage of scales that begins with slab i of the tile.
+  __device__ static void next_scales(const WgmmaArgs& args, const Block& block, Cursor& cursor,
+                                     int i) {
+    if (i > 0) {
+      ptx::barrier_arrive(block.scale_empty + 8 * cursor.scales.index);
+      cursor.scales.advance();
     }
+    ptx::barrier_wait(block.scale_full + 8 * cursor.scales.index, cursor.scales.parity);
+    const int scale_bytes = args.k / kBlockSize, group = args.scale_rows;
+    const int thread = ptx::thread_in_block();  // else the main loop would lack registers
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = thread / 32 * 16 + thread % 32 / 4 * kFirstRow + half * kSecondRow;
+      const int in_group = group ? row & (group - 1) : 0;  // a power of two
+      const int first = first_scale(in_group * scale_bytes, cursor.begin + i);
+      const int offset =
+          group ? ((in_group * kTileN + row - in_group) >> (__ffs(group) - 1)) * kScaleBoxBytes +
+                      (first & 15)
+                : row * scale_bytes + first;
+      cursor.scale[half] = block.scales(cursor.scales.index) + offset;
+    }
+    cursor.next_scales += args.scale_slabs;
+  }
+
+  // Slab i of the tile, odd or even. Frees what is not needed any more. kSteady: it is neither the
+  // last one nor the first one of a stage of scales.
+  template <int kOdd, bool kSteady>
+  __device__ static void fetch(const WgmmaArgs& args, const Block& block, Cursor& cursor, int i,
+                               int slabs, Packed& packed) {
+    const bool last = !kSteady && i + 1 == slabs;
+    if (!kSteady && !kOdd && i == cursor.next_scales) next_scales(args, block, cursor, i);
     if (!kOdd) ptx::barrier_wait(block.code_full + 8 * cursor.codes.index, cursor.codes.parity);
     packed.codes =
         ptx::load_matrices(block.codes(cursor.codes.index) + (cursor.code_offset ^ (kOdd * 32)));
@@ -252,10 +270,6 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
     if (kOdd || last) {
       arrive(block.code_empty + 8 * cursor.codes.index);
       cursor.codes.advance();
-      if (last || i + 1 == cursor.next_scales) {
-        ptx::barrier_arrive(block.scale_empty + 8 * cursor.scales.index);
-        cursor.scales.advance();
-      }
     }
   }
   static_assert(kSlabsOfCodes == 2 && kSlabsOfScales % 2 == 0);
@@ -274,24 +288,23 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
                                    x + k * 32 / 16);
   }
 
-  // What the even and the odd slabs of a tile have each.
   struct Pipeline {
-    Packed packed[2];
-    Operand operands[2];
-    uint32_t x_empty[2];  // of the slabs whose products may be running
+    Packed packed;        // of the next slab
+    Operand operands[2];  // of the even and the odd slabs, whose products may be running
+    uint32_t x_empty[2];  // where they free their activations
   };
 
-  template <int kOdd>
+  // kSteady: as for `fetch` of the next slab, and slab i is not among the tile's first two.
+  template <int kOdd, bool kSteady>
   __device__ static void do_slab(const WgmmaArgs& args, const Block& block, int i, int slabs,
                                  int width, Cursor& cursor, Pipeline& pipeline, Sums& sums) {
-    Packed& packed = pipeline.packed[kOdd];
     Operand& a = pipeline.operands[kOdd];
     ptx::wgmma_wait<1>();  // the product before the last one has read its operands
-    if (i > 1 && (kOdd || kSlabsOfX == 1)) arrive(pipeline.x_empty[kOdd]);
-    if (__builtin_expect(__any_sync(0xffffffffu, may_be_wide(packed)), false))
-      decode<true>(packed, a);
+    if ((kSteady || i > 1) && (kOdd || kSlabsOfX == 1)) arrive(pipeline.x_empty[kOdd]);
+    if (__builtin_expect(__any_sync(0xffffffffu, may_be_wide(pipeline.packed)), false))
+      decode<true>(pipeline.packed, a);
     else
-      decode<false>(packed, a);
+      decode<false>(pipeline.packed, a);
     if (kSlabsOfX == 1 || !kOdd)
       ptx::barrier_wait(block.x_full + 8 * cursor.x.index, cursor.x.parity);
     ptx::wgmma_fence();
@@ -306,8 +319,9 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
       multiply_slab<kTileM>(a, x, sums);
     ptx::wgmma_commit();
     pipeline.x_empty[kOdd] = block.x_empty + 8 * cursor.x.index;
-    if (kSlabsOfX == 1 || kOdd || i + 1 == slabs) cursor.x.advance();
-    if (i + 2 < slabs) fetch<kOdd>(args, block, cursor, i + 2, i + 3 == slabs, packed);
+    if (kSlabsOfX == 1 || kOdd || (!kSteady && i + 1 == slabs)) cursor.x.advance();
+    if (kSteady || i + 1 < slabs)
+      fetch<1 - kOdd, kSteady>(args, block, cursor, i + 1, slabs, pipeline.packed);
   }
 
   __device__ static void multiply_tile(const WgmmaArgs& args, const Block& block, const Tile& tile,
@@ -316,12 +330,20 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
     Pipeline pipeline;
     cursor.next_scales = 0;
     cursor.begin = walk.begin;
-    fetch<0>(args, block, cursor, 0, slabs == 1, pipeline.packed[0]);
-    if (slabs > 1) fetch<1>(args, block, cursor, 1, slabs == 2, pipeline.packed[1]);
-    for (int i = 0; i < slabs; i += 2) {
-      do_slab<0>(args, block, i, slabs, width, cursor, pipeline, sums);
+    fetch<0, false>(args, block, cursor, 0, slabs, pipeline.packed);
+    for (int i = 0; i < slabs;) {
+      do_slab<0, false>(args, block, i, slabs, width, cursor, pipeline, sums);
       if (i + 1 == slabs) break;
-      do_slab<1>(args, block, i + 1, slabs, width, cursor, pipeline, sums);
+      do_slab<1, false>(args, block, i + 1, slabs, width, cursor, pipeline, sums);
+      i += 2;
+      if constexpr (kHasSteadyLoop) {
+        const int end = min(slabs - 1, cursor.next_scales) - 2;
+#pragma unroll 1
+        for (; i < end; i += 2) {
+          do_slab<0, true>(args, block, i, slabs, width, cursor, pipeline, sums);
+          do_slab<1, true>(args, block, i + 1, slabs, width, cursor, pipeline, sums);
+        }
+      }
     }
     ptx::wgmma_wait<0>();
 #pragma unroll
@@ -340,19 +362,24 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
 #pragma unroll
       for (int i = 0; i < kTileM / 2; ++i) sums[i] = 0.0f;
       multiply_tile(args, block, tile, walk, cursor, sums);
+      const uint32_t bias = block.bias(cursor.scales.index);
       if constexpr (kEpilogue == Epilogue::kGateUp) {
-        Base::write_hidden(args, block, tile, sums);
+        Base::write_hidden(args, block, tile, bias, sums);
       } else if constexpr (kEpilogue == Epilogue::kDown) {
-        Base::write_partial(args, tile, sums);
+        Base::write_partial(args, tile, bias, sums);
       } else if constexpr (kShared) {
-        Base::finish_shared(args, maps, block, tile, walk, sums);
+        Base::finish_shared(args, maps, block, tile, walk, bias, sums);
       } else {
         if (args.split > 1) break;  // the only tile
-        Base::write_tile(args, maps, block, tile, sums);
+        Base::write_tile(args, maps, block, tile, bias, sums);
       }
+      // The tile's last scales, and its bias.
+      ptx::barrier_arrive(block.scale_empty + 8 * cursor.scales.index);
+      cursor.scales.advance();
     }
     if constexpr (kEpilogue == Epilogue::kDense && !kShared)
-      if (args.split > 1) Base::exchange(args, block, Tile(args, walk.tile), sums);
+      if (args.split > 1)
+        Base::exchange(args, block, Tile(args, walk.tile), block.bias(cursor.scales.index), sums);
     if (threadIdx.x % 128 == 0) ptx::bulk_store_wait_read();
   }
 
@@ -386,9 +413,10 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
         // looks at plain bulk copies.
         init_ring(block.scale_full, kScaleStages, 128 * kWarpgroups);
       } else if (args.split > 1) {
-        const int groups = Base::exchanged_groups(args, block.rank);
-        ptx::barrier_init(block.exchanged, 1);
-        ptx::barrier_arrive_expect(block.exchanged, groups * (args.split - 1) * Base::kSlotBytes);
+        for (int i = 0; i < Base::exchanged_groups(args, block.rank); ++i) {
+          ptx::barrier_init(block.exchanged + 8 * i, 1);
+          ptx::barrier_arrive_expect(block.exchanged + 8 * i, (args.split - 1) * Base::kSlotBytes);
+        }
       }
       ptx::barrier_init_fence();
     }

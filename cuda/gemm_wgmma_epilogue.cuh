@@ -50,16 +50,16 @@ struct WgmmaEpilogue : WgmmaTiles<kConfig, kEpilogue, kShared> {
   }
   static_assert(kGrouped || can_split(max_split(Tiles::config)));
 
-  // Of rows g and g + 8.
+  // Of a lane's two rows. Those past the last one have none, and nobody stores them.
   struct RowBias {
     float v[2] = {};
 
-    __device__ RowBias(const WgmmaArgs& args, const Tile& tile) {
+    __device__ RowBias(const WgmmaArgs& args, uint32_t bias) {
       if (!args.bias.data) return;
-      const int row = tile.row + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+      const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 * Tiles::kFirstRow;
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        v[half] = load_float(args.bias.data, args.bias.type, min(row + 8 * half, args.n - 1));
+        v[half] = load_shared_float(bias, args.bias.type, row + Tiles::kSecondRow * half);
     }
   };
 
@@ -109,10 +109,12 @@ struct WgmmaEpilogue : WgmmaTiles<kConfig, kEpilogue, kShared> {
     }
   }
 
+  // `bias_at`: where the bias of the tile begins in shared memory.
   __device__ static void write_tile(const WgmmaArgs& args, const WgmmaMaps& maps,
-                                    const Block& block, const Tile& tile, const Sums& sums) {
+                                    const Block& block, const Tile& tile, uint32_t bias_at,
+                                    const Sums& sums) {
     const int warpgroup = threadIdx.x / 128;
-    const RowBias bias(args, tile);
+    const RowBias bias(args, bias_at);
     if (args.scatter) {
       // Through slots of its own a thread gets at its sums by number.
       constexpr int kSlots = kStagedGroups / 2;
@@ -160,20 +162,15 @@ struct WgmmaEpilogue : WgmmaTiles<kConfig, kEpilogue, kShared> {
 
   // Groups of tokens that the thread block of this rank adds up.
   __device__ static int exchanged_groups(const WgmmaArgs& args, int rank) {
-    const int turns = turns_of(args);
-    return max(min(turns, kTokenGroups - rank * turns), 0);
-  }
-  // The same of all but the last ranks.
-  __device__ static int turns_of(const WgmmaArgs& args) {
-    return args.ranks.quotient(kTokenGroups + args.split - 1);
+    return max(min(args.turns, kTokenGroups - rank * args.turns), 0);
   }
 
   // K split within the cluster: each thread block adds the parts of its groups, in their order.
   __device__ static void exchange(const WgmmaArgs& args, const Block& block, const Tile& tile,
-                                  const Sums& sums) {
-    const int split = args.split, rank = block.rank, turns = turns_of(args);
+                                  uint32_t bias_at, const Sums& sums) {
+    const int split = args.split, rank = block.rank, turns = args.turns;
     const uint32_t mine = block.shared + threadIdx.x * 16;
-    const RowBias bias(args, tile);
+    const RowBias bias(args, bias_at);
     ptx::cluster_sync_relaxed();  // nobody reads its rings any more
     int owner = -1, turn = turns;
     uint32_t to = 0, barrier = 0;
@@ -189,9 +186,9 @@ struct WgmmaEpilogue : WgmmaTiles<kConfig, kEpilogue, kShared> {
       else
         ptx::store_async16(to, sums + 4 * j, barrier);
       to += split * kSlotBytes;
+      barrier += 8;
       ++turn;
     }
-    ptx::barrier_wait(block.exchanged, 0);
     const int first = rank * turns, groups = exchanged_groups(args, rank);
     if (split == 2)
       add_parts<2>(args, block, tile, first, groups, bias);
@@ -206,8 +203,8 @@ struct WgmmaEpilogue : WgmmaTiles<kConfig, kEpilogue, kShared> {
     store_staged(args, block, tile, first * 8, groups * 8);
   }
 
-  // Adds the parts of each group and stages it. kParts: so many, read together for two groups; 0:
-  // any number.
+  // Adds the parts of each group as they come and stages it. kParts: so many, read together for two
+  // groups; 0: any number.
   template <int kParts>
   __device__ static void add_parts(const WgmmaArgs& args, const Block& block, const Tile& tile,
                                    int first, int groups, const RowBias& bias) {
@@ -227,6 +224,7 @@ struct WgmmaEpilogue : WgmmaTiles<kConfig, kEpilogue, kShared> {
 #pragma unroll
         for (int group = 0; group < kAtOnce; ++group) {
           if (i + group == groups) break;
+          ptx::barrier_wait(block.exchanged + 8 * (i + group), 0);
 #pragma unroll
           for (int part = 0; part < kParts; ++part, from += kSlotBytes)
             parts[group][part] = ptx::load_shared16(from);
@@ -236,6 +234,7 @@ struct WgmmaEpilogue : WgmmaTiles<kConfig, kEpilogue, kShared> {
 #pragma unroll
           for (int part = 0; part < kParts; ++part) add(group, parts[group][part]);
       } else {
+        ptx::barrier_wait(block.exchanged + 8 * i, 0);
         for (int part = 0; part < args.split; ++part, from += kSlotBytes)
           add(0, ptx::load_shared16(from));
       }
@@ -253,7 +252,7 @@ struct WgmmaEpilogue : WgmmaTiles<kConfig, kEpilogue, kShared> {
   // The thread block that has a tile's first slab adds what the others, which follow it, bring.
   __device__ static void finish_shared(const WgmmaArgs& args, const WgmmaMaps& maps,
                                        const Block& block, const Tile& tile, const Walk& walk,
-                                       Sums& sums) {
+                                       uint32_t bias_at, Sums& sums) {
     if (walk.begin > 0) {
       hand_over(sums);
       return;
@@ -264,7 +263,7 @@ struct WgmmaEpilogue : WgmmaTiles<kConfig, kEpilogue, kShared> {
       if (first >= end) break;
       if (first < Walk::first_slab(args, block, rank + 1)) collect(rank, sums);
     }
-    write_tile(args, maps, block, tile, sums);
+    write_tile(args, maps, block, tile, bias_at, sums);
   }
 
   __device__ static float4* part_of(int rank) {
@@ -319,15 +318,10 @@ struct WgmmaEpilogue : WgmmaTiles<kConfig, kEpilogue, kShared> {
   // Bias and clamped SwiGLU; through shared memory, so that a token's 32 columns leave together.
   // The copy engine would also write what lies past the last token, which belongs to another tile.
   __device__ static void write_hidden(const WgmmaArgs& args, const Block& block, const Tile& tile,
-                                      const Sums& sums) {
+                                      uint32_t bias_at, const Sums& sums) {
     const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
     const int warp = thread / 32, lane = thread % 32;
-    const int first_row = tile.row + warpgroup * 64, row = first_row + warp * 16 + lane / 4 * 2;
-    float bias[2] = {};
-    if (args.bias.data && row < args.n)
-#pragma unroll
-      for (int i = 0; i < 2; ++i)
-        bias[i] = load_float(args.bias.data, args.bias.type, tile.expert_row + row + i);
+    const RowBias bias(args, bias_at);
     const uint32_t staging = block.staging(warpgroup);
     ptx::named_barrier_sync(1 + warpgroup, 128);  // the tile before has left it
 #pragma unroll
@@ -336,17 +330,17 @@ struct WgmmaEpilogue : WgmmaTiles<kConfig, kEpilogue, kShared> {
       float h[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        h[i] = clamped_swiglu(sums[4 * j + i] + bias[0], sums[4 * j + 2 + i] + bias[1], args.alpha,
-                              args.limit);
+        h[i] = clamped_swiglu(sums[4 * j + i] + bias.v[0], sums[4 * j + 2 + i] + bias.v[1],
+                              args.alpha, args.limit);
       const int token = lane % 8;
       ptx::store_matrix_transposed(staging + (8 * j + token) * 64 + (warp ^ (token / 2)) * 16,
                                    pack_pair(h[0], h[1], DType::kBF16));
     }
     ptx::named_barrier_sync(1 + warpgroup, 128);
-    const int columns = args.n / 2;
+    const int columns = args.n / 2, first_column = tile.row / 2 + warpgroup * 32;
     __nv_bfloat16* out = static_cast<__nv_bfloat16*>(args.out);
     for (int i = thread; i < 4 * tile.rows; i += 128) {
-      const int token = i / 4, unit = i % 4, column = first_row / 2 + unit * 8;
+      const int token = i / 4, unit = i % 4, column = first_column + unit * 8;
       if (column < columns)
         *reinterpret_cast<uint4*>(out + int64_t(tile.token + token) * columns + column) =
             ptx::load_shared16(staging + token * 64 + (unit ^ (token / 2 % 4)) * 16);
@@ -354,24 +348,22 @@ struct WgmmaEpilogue : WgmmaTiles<kConfig, kEpilogue, kShared> {
   }
 
   // With the bias: eight rows of a token fill a sector, so every lane writes for itself.
-  __device__ static void write_partial(const WgmmaArgs& args, const Tile& tile, const Sums& sums) {
-    const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    const int row = tile.row + warpgroup * 64 + warp * 16 + lane / 4;
-    const int first_token = 2 * (lane % 4);
+  __device__ static void write_partial(const WgmmaArgs& args, const Tile& tile, uint32_t bias_at,
+                                       const Sums& sums) {
+    const int row = tile.row + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+    const int token = 2 * (threadIdx.x % 4);
+    const RowBias bias(args, bias_at);
+    float* out = static_cast<float*>(args.out) + int64_t(tile.token + token) * args.n + row;
+    int left = tile.rows - token;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int n = row + 8 * half;
-      if (n >= args.n) continue;
-      const float bias =
-          args.bias.data ? load_float(args.bias.data, args.bias.type, tile.expert_row + n) : 0.0f;
-      float* out = static_cast<float*>(args.out) + int64_t(tile.token + first_token) * args.n + n;
+    for (int j = 0; j < kTokenGroups; ++j, left -= 8, out += 8 * int64_t(args.n)) {
+      if (8 * j >= tile.rows) break;
 #pragma unroll
-      for (int j = 0; j < kTokenGroups; ++j)
+      for (int i = 0; i < 2; ++i)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (8 * j + i + first_token < tile.rows)
-            out[int64_t(8 * j + i) * args.n] = sums[4 * j + 2 * half + i] + bias;
-        }
+        for (int half = 0; half < 2; ++half)
+          if (i < left && row + 8 * half < args.n)
+            out[i * int64_t(args.n) + 8 * half] = sums[4 * j + 2 * half + i] + bias.v[half];
     }
   }
 };

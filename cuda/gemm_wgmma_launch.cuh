@@ -9,7 +9,7 @@ template <int kConfig, Epilogue kEpilogue, bool kShared>
 __global__ void __launch_bounds__(WgmmaGemm<kConfig, kEpilogue, kShared>::kThreads, 1)
     wgmma_kernel(const __grid_constant__ WgmmaArgs args, const __grid_constant__ WgmmaMaps maps) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
-  extern __shared__ char shared[];
+  extern __shared__ __align__(1024) char shared[];  // what a 128-byte swizzle wants
   WgmmaGemm<kConfig, kEpilogue, kShared>::run(args, maps, shared);
 #endif
 }
@@ -68,6 +68,8 @@ cudaError_t launch_config(int split, const GemmArgs& gemm, int multiprocessors,
   args.tiles_m = (args.m + Kernel::kTileM - 1) / Kernel::kTileM;
   args.tiles_n = (args.n + Kernel::kTileN - 1) / Kernel::kTileN;
   if (split > kMaxSplit) return cudaErrorInvalidValue;
+  // Bulk copies bring it; tensor maps ask the same of the rest.
+  if (reinterpret_cast<uintptr_t>(gemm.bias.data) % 16) return cudaErrorMisalignedAddress;
   if (kShared && (multiprocessors > kMaxSharers || gemm.k > kMaxSharedK ||
                   int64_t(args.tiles_m) * args.tiles_n > kMaxSharedWaves * multiprocessors))
     return cudaErrorInvalidValue;
@@ -82,7 +84,7 @@ cudaError_t launch_config(int split, const GemmArgs& gemm, int multiprocessors,
     args.last_band_width = Divisor((args.tiles_m - 1) % Kernel::kBand + 1);
   }
   args.row_tiles = Divisor(args.tiles_n);
-  args.ranks = Divisor(split);
+  args.turns = (Kernel::kTokenGroups + split - 1) / split;
   args.slabs = Divisor(slabs);
   args.blocks = Divisor(multiprocessors);
   args.scatter = Kernel::kGrouped || gemm.out_type != DType::kBF16 || gemm.n % 8 != 0;
@@ -123,8 +125,9 @@ cudaError_t launch_config(int split, const GemmArgs& gemm, int multiprocessors,
           encode(&maps.w, w, 64, Kernel::kTileN, CU_TENSOR_MAP_SWIZZLE_64B,
                  ahead ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_NONE))
     return error;
-  if (cudaError_t error = encode(&maps.scales, scales, Kernel::kScaleBoxBytes,
-                                 Kernel::kTileN / scale_rows, CU_TENSOR_MAP_SWIZZLE_NONE))
+  if (cudaError_t error =
+          encode(&maps.scales, scales, Kernel::kScaleBoxBytes, Kernel::kTileN / scale_rows,
+                 CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B))
     return error;
   if (!args.scatter)
     if (cudaError_t error =

@@ -44,9 +44,9 @@ struct WgmmaArgs {
   Divisor band, band_width, last_band_width;
   Divisor row_tiles;              // tiles_n
   Divisor slabs, blocks;          // shared
-  Divisor ranks;                  // split
   int first_slab[kMaxSplit + 1];  // of each rank, and behind the last one
   int split;                      // thread blocks of a cluster, which share a tile and split K
+  int turns;        // groups of eight tokens whose sums each of them adds up, but for the last ones
   int scale_rows;   // that lie in one row of `maps.scales`; 0: a tile's scales are copied at once
   int scale_slabs;  // slabs whose scales are copied together
   bool reads_once;  // the weights
@@ -87,30 +87,31 @@ struct WgmmaTiles {
   static constexpr int kStagedGroups = kTileM > 96 ? kTokenGroups / 2 : kTokenGroups;
   static constexpr int kStagingBytes = kWarpgroups * kStagedGroups * 1024;
 
-  static constexpr int kAlignment = 1024;  // of a 128-byte swizzle
-  static constexpr int kBarrierBytes = 512;
+  static constexpr int kBarrierBytes = 512, kBiasBytes = kTileN * 4;
   static constexpr int kXStages = config.stages, kScaleStages = 2;
   static constexpr int kScaleOffset = kXStages * kXBytes;
   static constexpr int kStagingOffset = kScaleOffset + kScaleStages * kScaleBytes;
   static constexpr int kCodeOffset = kStagingOffset + kStagingBytes;
-  static constexpr int kFree = 227 * 1024 - kAlignment - kBarrierBytes - kCodeOffset;
+  // Each stage of scales has room for a bias beside it; a tile's comes with its last scales.
+  static constexpr int kFree = 227 * 1024 - kBarrierBytes - kScaleStages * kBiasBytes - kCodeOffset;
   static constexpr int kCodeStages = kFree / kCodeBytes < 8 ? kFree / kCodeBytes : 8;
   static constexpr int kBarrierOffset = kCodeOffset + kCodeStages * kCodeBytes;
-  static constexpr int kSharedBytes = kBarrierOffset + kBarrierBytes + kAlignment;
+  static constexpr int kBiasOffset = kBarrierOffset + kBarrierBytes;
+  static constexpr int kSharedBytes = kBiasOffset + kScaleStages * kBiasBytes;
   static_assert(kCodeStages >= 3);
   static_assert(kStagingOffset % 1024 == 0 && kCodeOffset % 1024 == 0);
-  static_assert(16 * (kXStages + kScaleStages + kCodeStages) + 8 <= kBarrierBytes);
+  static_assert(16 * (kXStages + kScaleStages + kCodeStages) + 8 * (kTokenGroups / 2) <=
+                kBarrierBytes);
 
   struct Block {  // what a thread block works on
     uint32_t shared;
     uint32_t x_full, x_empty, code_full, code_empty, scale_full, scale_empty;
-    uint32_t exchanged;  // barrier: all sums of the part that this thread block adds have come
+    uint32_t exchanged;  // of each group of sums that this thread block adds: they have come
     int rank;            // in its cluster
     int slabs, tiles;    // of a tile, and how many of them
 
     __device__ explicit Block(const WgmmaArgs& args, char* memory) {
-      const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
-      shared = (base + kAlignment - 1) / kAlignment * kAlignment;
+      shared = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
       x_full = shared + kBarrierOffset;
       x_empty = x_full + 8 * kXStages;
       code_full = x_empty + 8 * kXStages;
@@ -127,6 +128,7 @@ struct WgmmaTiles {
     __device__ uint32_t scales(int stage) const {
       return shared + kScaleOffset + stage * kScaleBytes;
     }
+    __device__ uint32_t bias(int stage) const { return shared + kBiasOffset + stage * kBiasBytes; }
     // Of a warpgroup: a kilobyte for every eight tokens of its 64 rows, 16 bytes swizzled within
     // 128.
     __device__ uint32_t staging(int warpgroup) const {

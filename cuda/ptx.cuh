@@ -284,6 +284,13 @@ __device__ __forceinline__ void store_async16(uint32_t address, const float* v, 
       : "memory");
 }
 
+// threadIdx.x, read here: the compiler cannot keep what follows from it in registers.
+__device__ __forceinline__ int thread_in_block() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));
+  return thread;
+}
+
 // Registers move from warpgroups that copy to those that compute.
 template <int kRegisters>
 __device__ __forceinline__ void release_registers() {

@@ -189,7 +189,9 @@ int main() {
   for (int m : {32, 64, 128, 192, 256}) calls += matmul_bf16(m, 33792, 192);
   for (int m : {64, 192}) calls += matmul_bf16(m, 16896, 3200);
   for (int m : {96, 256}) calls += matmul_bf16(m, 5120, 3200);
-  calls += matmul_bf16(16, 25600, 4160) + matmul_bf16(1000, 9000, 192);
+  calls += matmul_bf16(33, 4800, 1152) + matmul_bf16(129, 8256, 1152);
+  calls +=
+      matmul_bf16(16, 25600, 4160) + matmul_bf16(9, 16576, 3200) + matmul_bf16(1000, 9000, 192);
   calls += matmul_bf16(500, 9000, 64) + matmul_bf16(700, 9000, 128) + matmul_bf16(1100, 12000, 64) +
            matmul_bf16(2000, 6000, 64);
   // Tiles shared by all thread blocks.
