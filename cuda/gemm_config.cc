@@ -9,6 +9,8 @@ namespace {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+constexpr float kWeightBytes = 17.0f / 32;  // a code, and its share of a scale
+
 // Whether stages of this configuration can be filled by bulk copies, whose addresses and sizes are
 // multiples of 16 bytes. Codes always are; the scales of a tile are one copy if they lie in a
 // single stage, otherwise one copy per row.
@@ -33,10 +35,11 @@ bool is_one_stage(const GemmConfig& config, const GemmShape& shape) {
 // takes several stages, for each tile all activations again. Those come from L2, at a fifth of the
 // cost.
 float streaming_cost(const GemmConfig& config, const GemmShape& shape) {
-  constexpr float kWeight = 17.0f / 32, kActivation = 2 * 0.2f;
+  constexpr float kActivation = 2 * 0.2f;
   const int64_t tiles = ceil_div(shape.n / config.tile_n(), shape.streaming_multiprocessors);
   const float activations = is_one_stage(config, shape) ? 0.0f : kActivation * float(config.tile_m);
-  return float(tiles * padded_k(config, shape)) * (kWeight * float(config.tile_n()) + activations);
+  return float(tiles * padded_k(config, shape)) *
+         (kWeightBytes * float(config.tile_n()) + activations);
 }
 
 int select_streaming(const GemmShape& shape) {
@@ -75,10 +78,9 @@ constexpr float kSum = 1.0f / 5000;
 
 float loads_us(const GemmConfig& config, const GemmShape& shape, int64_t tiles) {
   constexpr float kL2 = 7.15e6f, kMemory = 2.92e6f;  // bytes in a microsecond
-  constexpr float kWeight = 17.0f / 32;              // bytes
-  const float of_tile = float(shape.k) * float(2 * config.tile_m + kWeight * config.tile_n());
+  const float of_tile = float(shape.k) * float(2 * config.tile_m + kWeightBytes * config.tile_n());
   return std::max(float(tiles) * of_tile / kL2,
-                  float(shape.n) * float(shape.k) * kWeight / kMemory);
+                  float(shape.n) * float(shape.k) * kWeightBytes / kMemory);
 }
 
 // What lies between two tiles of a thread block beside their steps.

@@ -114,7 +114,7 @@ cudaError_t launch_config(int split, const GemmArgs& gemm, int multiprocessors,
   const Matrix scales = {CU_TENSOR_MAP_DATA_TYPE_UINT8, gemm.weights.scales,
                          scale_rows * scale_bytes, w.outer / scale_rows, scale_rows * scale_bytes};
   if (scale_bytes <= Kernel::kMaxScaleBytes)
-    args.scale_slabs = gemm.k / 64;  // of the whole tile
+    args.scale_slabs = slabs;  // of the whole tile
   else
     args.scale_rows = scale_rows;
   const Matrix out = {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, gemm.out, gemm.n, gemm.m,

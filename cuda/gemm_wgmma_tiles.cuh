@@ -106,7 +106,7 @@ struct WgmmaTiles {
   struct Block {  // what a thread block works on
     uint32_t shared;
     uint32_t x_full, x_empty, code_full, code_empty, scale_full, scale_empty;
-    uint32_t exchanged;  // of each group of sums that this thread block adds: they have come
+    uint32_t exchanged;  // of each group of sums that this thread block adds: all have come
     int rank;            // in its cluster
     int slabs, tiles;    // of a tile, and how many of them
 
