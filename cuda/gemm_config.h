@@ -55,17 +55,15 @@ inline constexpr GemmConfig kGemmConfigs[] = {
     {GemmKind::kStreaming, 8, 2, 1, 12, 2, 3},
     {GemmKind::kStreaming, 8, 1, 1, 16, 2, 4},
     {GemmKind::kStreaming, 8, 2, 1, 16, 2, 2},
-    // Longer K: smaller stages, more of them. Every tile reads all activations again, so 64 rows
-    // where these tiles, too, are the same number for each multiprocessor.
+    // Longer K: smaller stages, more of them. Every two tiles read all activations again.
     {GemmKind::kStreaming, 8, 2, 1, 16, 1, 4},
-    {GemmKind::kStreaming, 8, 4, 1, 12, 1, 3},
     // Up to 16 tokens, K in one stage: twice the activation registers, so no 16-warp variant.
     {GemmKind::kStreaming, 16, 1, 1, 12, 2, 5},
     {GemmKind::kStreaming, 16, 2, 1, 12, 2, 2},
     // Beyond 8 tokens with long K, and more: the time of a step falls with the tokens, tiles of
     // 128, 192 or 256 rows fill the GPU as evenly as N allows. Four warpgroups hide latencies best;
     // more sums leave room for three or two.
-    {GemmKind::kWgmma, 16, 1, 8, 1, 1, 10, 0.193f},
+    {GemmKind::kWgmma, 16, 1, 8, 1, 1, 10, 0.160f},
     {GemmKind::kWgmma, 16, 1, 16, 1, 1, 8, 0.317f},
     {GemmKind::kWgmma, 32, 1, 8, 1, 1, 10, 0.200f},
     {GemmKind::kWgmma, 32, 1, 12, 1, 1, 8, 0.267f},
@@ -88,6 +86,10 @@ inline constexpr GemmConfig kGemmConfigs[] = {
 };
 inline constexpr int kNumGemmConfigs = sizeof(kGemmConfigs) / sizeof(kGemmConfigs[0]);
 
+// Whether a streaming kernel multiplies two tiles with the activations that it has read, where K
+// takes several stages.
+constexpr bool reads_for_two_tiles(const GemmConfig& config) { return config.chunks == 1; }
+
 // The expert layer streams too: both products with K in one stage, and the schedule of its pairs in
 // shared memory.
 constexpr bool is_streaming_moe(const GemmConfig& config) {
@@ -105,7 +107,8 @@ inline constexpr int kStreamingMoeExperts = 512;
 // Those for which it was fastest somewhere: each takes another kernel.
 constexpr bool can_share_tiles(const GemmConfig& config) {
   return config.kind == GemmKind::kWgmma &&
-         ((config.tile_m == 128 && config.tile_n() == 192) || config.tile_m == 256);
+         ((config.tile_m == 128 && config.tile_n() == 192) || config.tile_m == 256 ||
+          (config.tile_m == 16 && config.tile_n() == 128));
 }
 inline constexpr int kMaxSplit = 8;
 // Larger tiles leave no room for the sums of as many thread blocks.

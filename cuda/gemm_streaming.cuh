@@ -51,7 +51,7 @@ struct StreamingGemm {
   // The bias comes along with the codes, since an ordinary load would queue behind all the copies
   // in flight; it stays until the epilogue warp, a few tiles later, has used it.
   static constexpr int kBiases = 16, kBiasBytes = kTileN * 4;
-  static_assert(kBiases >= kStages + 5);
+  static_assert(kBiases >= kStages + 6);
   static constexpr int kBiasOffset = kSumOffset + 2 * kSumBytes;
   static constexpr int kBarrierOffset = kBiasOffset + kBiases * kBiasBytes;
   static constexpr int kSharedBytes = kBarrierOffset + (kPieces + 2) * 8;
@@ -137,20 +137,31 @@ struct StreamingGemm {
     if (fill++ >= kStages) ptx::named_barrier_sync(kEmpty + ring.index, kEmptyThreads);
   }
 
+  // Tiles whose slices take turns, so that activations that do not stay in registers are read for
+  // two tiles at once.
+  template <bool kCached>
+  static constexpr int kTogether = !kCached && reads_for_two_tiles(config) ? 2 : 1;
+
+  template <bool kCached>
   __device__ static void produce(const GemmArgs& args, uint32_t shared, const Barriers& barriers,
                                  int producer) {
-    const int num_slices = slices(args);
+    const int num_slices = kCached ? 1 : slices(args), tiles = args.n / kTileN;
     Ring<kStages> ring;
     Ring<kBiases> bias_ring;
     int fill = 0;
-    for (int tile = blockIdx.x; tile < args.n / kTileN; tile += gridDim.x, bias_ring.advance()) {
-      for (int slice = 0; slice < num_slices; ++slice, ring.advance()) {
-        wait_empty(ring, fill);
-        copy_stage<true>(args.weights, args.bias, args.k, int64_t(tile) * kTileN, kTileN, slice,
-                         num_slices, shared + ring.index * kStageBytes,
-                         bias_slot(shared, bias_ring), barriers.full + 8 * kChunks * ring.index,
-                         producer);
+    for (int first = blockIdx.x; first < tiles; first += kTogether<kCached> * gridDim.x) {
+      for (int slice = 0; slice < num_slices; ++slice) {
+        Ring<kBiases> bias = bias_ring;
+        for (int i = 0; i < kTogether<kCached>; ++i, ring.advance(), bias.advance()) {
+          const int tile = first + i * int(gridDim.x);
+          if (tile >= tiles) break;
+          wait_empty(ring, fill);
+          copy_stage<true>(args.weights, args.bias, args.k, int64_t(tile) * kTileN, kTileN, slice,
+                           num_slices, shared + ring.index * kStageBytes, bias_slot(shared, bias),
+                           barriers.full + 8 * kChunks * ring.index, producer);
+        }
       }
+      for (int i = 0; i < kTogether<kCached>; ++i) bias_ring.advance();
     }
   }
   static_assert(kTileN <= 32 * kProducers, "one lane copies one row");
@@ -304,11 +315,12 @@ struct StreamingGemm {
       tokens[q].template load<true>(x_rows, rows, blocks_per_row, warp + kWarps * q);
     Ring<kStages> ring;
     Ring<2> sum_ring;
-    for (int tile = blockIdx.x; tile < args.n / kTileN; tile += gridDim.x) {
-      Sums acc = {};
-      for (int slice = 0; slice < num_slices; ++slice, ring.advance()) {
+    const int tiles = args.n / kTileN;
+    for (int first = blockIdx.x; first < tiles; first += kTogether<kCached> * gridDim.x) {
+      const bool all = first + (kTogether<kCached> - 1) * int(gridDim.x) < tiles;
+      Sums acc[kTogether<kCached>] = {};
+      for (int slice = 0; slice < num_slices; ++slice) {
         const int first_chunk = slice * kStageChunks;
-        const uint32_t stage = shared + ring.index * kStageBytes;
 #pragma unroll
         for (int q = 0; q < kChunks; ++q) {
           const int local = warp + kWarps * q, chunk = first_chunk + local;
@@ -319,16 +331,27 @@ struct StreamingGemm {
                                                       : warp;
             tokens[0].template load<true>(x_rows, rows, blocks_per_row, next);
           }
-          ptx::barrier_wait(barriers.full + 8 * (ring.index * kChunks + q), ring.parity);
-          if (chunk < num_chunks)
-            multiply_chunk(blocks_per_row, stage, scale_stride, local, chunk, x, acc);
+#pragma unroll
+          for (int i = 0; i < kTogether<kCached>; ++i) {
+            if (i > 0 && !all) break;
+            ptx::barrier_wait(barriers.full + 8 * (ring.index * kChunks + q), ring.parity);
+            if (chunk < num_chunks)
+              multiply_chunk(blocks_per_row, shared + ring.index * kStageBytes, scale_stride, local,
+                             chunk, x, acc[i]);
+            if (q + 1 < kChunks) continue;
+            ptx::named_barrier_arrive(kEmpty + ring.index, kEmptyThreads);
+            ring.advance();
+          }
         }
-        ptx::named_barrier_arrive(kEmpty + ring.index, kEmptyThreads);
       }
-      ptx::barrier_wait(barriers.free + 8 * sum_ring.index, sum_ring.parity ^ 1);
-      put_sums(acc, sums, sum_ring.index, warp);
-      ptx::named_barrier_arrive(kReady + sum_ring.index, kReadyThreads);
-      sum_ring.advance();
+#pragma unroll
+      for (int i = 0; i < kTogether<kCached>; ++i) {
+        if (i > 0 && !all) break;
+        ptx::barrier_wait(barriers.free + 8 * sum_ring.index, sum_ring.parity ^ 1);
+        put_sums(acc[i], sums, sum_ring.index, warp);
+        ptx::named_barrier_arrive(kReady + sum_ring.index, kReadyThreads);
+        sum_ring.advance();
+      }
     }
   }
 
@@ -365,7 +388,7 @@ struct StreamingGemm {
     float* sums = reinterpret_cast<float*>(memory + kSumOffset);
     const int warp = threadIdx.x / 32;
     if (warp > kEpilogue)
-      produce(args, shared, barriers, warp - kEpilogue - 1);
+      produce<kCached>(args, shared, barriers, warp - kEpilogue - 1);
     else if (warp == kEpilogue)
       write_out(args, shared, sums, barriers);
     else

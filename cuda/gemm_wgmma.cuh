@@ -37,8 +37,10 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
   using Base::kCodeBytes;
   using Base::kCodeStages;
   using Base::kFirstRow;
+  using Base::kGrouped;
   using Base::kNarrower;
   using Base::kNarrowest;
+  using Base::kOneRing;
   using Base::kScaleBoxBytes;
   using Base::kScaleStages;
   using Base::kSecondRow;
@@ -57,9 +59,9 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
 
   static constexpr int kThreads = 128 * (kWarpgroups + 1);
 
-  // A second loop without the checks for the ends of a tile and of a stage of scales: a sixth fewer
-  // instructions. Wider tiles are limited by the tensor cores, and at 64 x 256 there are not enough
-  // registers: ptxas would let products wait for each other.
+  // A second loop without the checks for the ends of a tile and of a stage of scales. Wider tiles
+  // are limited by the tensor cores, and at 64 x 256 there are not enough registers: ptxas would
+  // let products wait for each other.
   static constexpr bool kHasSteadyLoop = kTileM <= 128 && !(kTileM == 64 && kTileN == 256);
 
   // The register file holds 64 K; what the copy warpgroup gives up goes to the others.
@@ -74,7 +76,8 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
   __device__ static void copy_codes(const WgmmaArgs& args, const WgmmaMaps& maps,
                                     const Block& block) {
     Ring<kCodeStages> ring;
-    const uint64_t policy = ptx::cache_policy(ptx::Evict::kFirst);
+    const uint64_t leaves = ptx::cache_policy(ptx::Evict::kFirst);
+    const uint64_t stays = ptx::cache_policy(ptx::Evict::kLast);
     bool first = true;
     for (Walk walk(args, block); !walk.done(); walk.next()) {
       const Tile tile(args, walk.tile);
@@ -83,8 +86,13 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
         ptx::barrier_wait(block.code_empty + 8 * ring.index, ring.parity ^ 1);
         const uint32_t full = block.code_full + 8 * ring.index;
         ptx::barrier_arrive_expect(full, kCodeBytes);
-        if (args.reads_once)
-          ptx::tensor_load(block.codes(ring.index), &maps.w, slab * 32, row, full, policy);
+        // What L2 fetches with the beginnings of rows are also the ends of those before, which are
+        // asked for at the end of the tile.
+        const bool begins = slab == walk.begin, ends = slab + kSlabsOfCodes >= walk.end;
+        if (args.shares_pieces && begins)
+          ptx::tensor_load(block.codes(ring.index), &maps.w, slab * 32, row, full, stays);
+        else if (args.reads_once || (!kGrouped && args.shares_pieces && ends))
+          ptx::tensor_load(block.codes(ring.index), &maps.w, slab * 32, row, full, leaves);
         else
           ptx::tensor_load(block.codes(ring.index), &maps.w, slab * 32, row, full);
         // The scales and activations of the first slab would wait in memory's queues behind whole
@@ -213,7 +221,7 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
   // A computing warpgroup's place in the rings, which goes on from tile to tile.
   struct Cursor {
     Ring<kXStages> x;
-    Ring<kCodeStages> codes;
+    Ring<kCodeStages> codes;  // without one ring for both
     Ring<kScaleStages> scales;
     uint32_t code_offset;  // of the row and the block whose address a lane gives to ldmatrix
     uint32_t scale[2];     // of rows g and g + 8: addresses, of the pair of slabs that is next
@@ -252,32 +260,38 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
     cursor.next_scales += args.scale_slabs;
   }
 
-  // Slab i of the tile, odd or even. Frees what is not needed any more. kSteady: it is neither the
-  // last one nor the first one of a stage of scales.
-  template <int kOdd, bool kSteady>
-  __device__ static void fetch(const WgmmaArgs& args, const Block& block, Cursor& cursor, int i,
-                               int slabs, Packed& packed) {
-    const bool last = !kSteady && i + 1 == slabs;
-    if (!kSteady && !kOdd && i == cursor.next_scales) next_scales(args, block, cursor, i);
-    if (!kOdd) ptx::barrier_wait(block.code_full + 8 * cursor.codes.index, cursor.codes.parity);
-    packed.codes =
-        ptx::load_matrices(block.codes(cursor.codes.index) + (cursor.code_offset ^ (kOdd * 32)));
+  __device__ static auto& code_ring(Cursor& cursor) {
+    if constexpr (kOneRing)
+      return cursor.x;
+    else
+      return cursor.codes;
+  }
+
+  // The next slab, which is an even or an odd one of its tile.
+  template <int kOdd>
+  __device__ static void fetch(const Block& block, Cursor& cursor, Packed& packed) {
+    const auto& ring = code_ring(cursor);
+    if (!kOdd) ptx::barrier_wait(block.code_full + 8 * ring.index, ring.parity);
+    packed.codes = ptx::load_matrices(block.codes(ring.index) + (cursor.code_offset ^ (kOdd * 32)));
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       packed.scales[half] = ptx::load_shared2(cursor.scale[half] + 2 * kOdd);
       if (kOdd) cursor.scale[half] += 4;
     }
-    if (kOdd || last) {
-      arrive(block.code_empty + 8 * cursor.codes.index);
-      cursor.codes.advance();
-    }
+    if (kOdd) free_codes(block, cursor);
+  }
+
+  __device__ static void free_codes(const Block& block, Cursor& cursor) {
+    if (kOneRing) return;
+    arrive(block.code_empty + 8 * cursor.codes.index);
+    cursor.codes.advance();
   }
   static_assert(kSlabsOfCodes == 2 && kSlabsOfScales % 2 == 0);
 
-  // Descriptor of operand B: rows of 128 bytes, swizzled, eight rows 1024 bytes apart.
-  __device__ static uint64_t descriptor(uint32_t shared) {
-    return (uint64_t(1) << 62) | (uint64_t(1024 >> 4) << 32) | (uint64_t(1) << 16) | (shared >> 4);
-  }
+  // Descriptor of operand B: rows of 128 bytes, swizzled, eight rows 1024 bytes apart. Its lower
+  // half begins with the address, in units of 16 bytes.
+  static constexpr uint64_t kDescriptor = (uint64_t(1) << 62) | (uint64_t(1024 >> 4) << 32);
+  __device__ static uint32_t descriptor(const Block& block) { return (1u << 16) | block.x(0) >> 4; }
 
   // One slab: the products of the first kWidth tokens.
   template <int kWidth>
@@ -291,25 +305,26 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
   struct Pipeline {
     Packed packed;        // of the next slab
     Operand operands[2];  // of the even and the odd slabs, whose products may be running
-    uint32_t x_empty[2];  // where they free their activations
+    uint32_t x_empty[2];  // where they free their activations; a tile's first ones have none
   };
 
-  // kSteady: as for `fetch` of the next slab, and slab i is not among the tile's first two.
-  template <int kOdd, bool kSteady>
-  __device__ static void do_slab(const WgmmaArgs& args, const Block& block, int i, int slabs,
-                                 int width, Cursor& cursor, Pipeline& pipeline, Sums& sums) {
+  // Decodes a slab and issues its product. The loop around it asks for nothing that can be known
+  // outside: every instruction of a slab counts up to 128 tokens.
+  template <int kOdd>
+  __device__ static void do_slab(const Block& block, int width, Cursor& cursor, Pipeline& pipeline,
+                                 Sums& sums) {
     Operand& a = pipeline.operands[kOdd];
     ptx::wgmma_wait<1>();  // the product before the last one has read its operands
-    if ((kSteady || i > 1) && (kOdd || kSlabsOfX == 1)) arrive(pipeline.x_empty[kOdd]);
+    if (kOdd || kSlabsOfX == 1) arrive(pipeline.x_empty[kOdd]);
     if (__builtin_expect(__any_sync(0xffffffffu, may_be_wide(pipeline.packed)), false))
       decode<true>(pipeline.packed, a);
     else
       decode<false>(pipeline.packed, a);
-    if (kSlabsOfX == 1 || !kOdd)
+    if (!kOneRing && (kSlabsOfX == 1 || !kOdd))
       ptx::barrier_wait(block.x_full + 8 * cursor.x.index, cursor.x.parity);
     ptx::wgmma_fence();
-    const uint64_t x =
-        descriptor(block.x(cursor.x.index) + (kSlabsOfX == 2 ? kOdd * kSlabBytes : 0));
+    const uint64_t x = kDescriptor | (descriptor(block) + cursor.x.index * (Base::kXBytes / 16) +
+                                      (kSlabsOfX == 2 ? kOdd * kSlabBytes / 16 : 0));
     // One copy of this loop: with one for each width, registers are spilled.
     if (kNarrowest < kNarrower && width == kNarrowest)
       multiply_slab<kNarrowest>(a, x, sums);
@@ -319,29 +334,38 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
       multiply_slab<kTileM>(a, x, sums);
     ptx::wgmma_commit();
     pipeline.x_empty[kOdd] = block.x_empty + 8 * cursor.x.index;
-    if (kSlabsOfX == 1 || kOdd || (!kSteady && i + 1 == slabs)) cursor.x.advance();
-    if (kSteady || i + 1 < slabs)
-      fetch<1 - kOdd, kSteady>(args, block, cursor, i + 1, slabs, pipeline.packed);
+    if (kSlabsOfX == 1 || kOdd) cursor.x.advance();
   }
 
   __device__ static void multiply_tile(const WgmmaArgs& args, const Block& block, const Tile& tile,
                                        const Walk& walk, Cursor& cursor, Sums& sums) {
     const int slabs = walk.end - walk.begin, width = tile.width();
-    Pipeline pipeline;
+    Pipeline pipeline = {{}, {}, {block.nothing, block.nothing}};
     cursor.next_scales = 0;
     cursor.begin = walk.begin;
-    fetch<0, false>(args, block, cursor, 0, slabs, pipeline.packed);
-    for (int i = 0; i < slabs;) {
-      do_slab<0, false>(args, block, i, slabs, width, cursor, pipeline, sums);
-      if (i + 1 == slabs) break;
-      do_slab<1, false>(args, block, i + 1, slabs, width, cursor, pipeline, sums);
-      i += 2;
+    next_scales(args, block, cursor, 0);
+    fetch<0>(block, cursor, pipeline.packed);
+    for (int i = 0;;) {
+      do_slab<0>(block, width, cursor, pipeline, sums);
+      if (++i == slabs) {
+        free_codes(block, cursor);
+        if (kSlabsOfX == 2) cursor.x.advance();
+        break;
+      }
+      fetch<1>(block, cursor, pipeline.packed);
+      do_slab<1>(block, width, cursor, pipeline, sums);
+      if (++i == slabs) break;
+      if (i == cursor.next_scales) next_scales(args, block, cursor, i);
+      fetch<0>(block, cursor, pipeline.packed);
       if constexpr (kHasSteadyLoop) {
-        const int end = min(slabs - 1, cursor.next_scales) - 2;
+        const int pairs = (min(slabs, cursor.next_scales) - i - 1) / 2;
+        i += 2 * pairs;
 #pragma unroll 1
-        for (; i < end; i += 2) {
-          do_slab<0, true>(args, block, i, slabs, width, cursor, pipeline, sums);
-          do_slab<1, true>(args, block, i + 1, slabs, width, cursor, pipeline, sums);
+        for (int left = pairs; left > 0; --left) {
+          do_slab<0>(block, width, cursor, pipeline, sums);
+          fetch<1>(block, cursor, pipeline.packed);
+          do_slab<1>(block, width, cursor, pipeline, sums);
+          fetch<0>(block, cursor, pipeline.packed);
         }
       }
     }
@@ -350,7 +374,7 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
     for (int i = 0; i < kTileM / 2; ++i) ptx::keep_register(sums[i]);
     // Of the last two slabs, which may be those of one stage.
     arrive(pipeline.x_empty[0]);
-    if (slabs > 1 && (kSlabsOfX == 1 || slabs % 2 == 1)) arrive(pipeline.x_empty[1]);
+    if (kSlabsOfX == 1 || slabs % 2 == 1) arrive(pipeline.x_empty[1]);
   }
 
   __device__ static void compute(const WgmmaArgs& args, const WgmmaMaps& maps, const Block& block) {
@@ -405,13 +429,14 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
     const int warp = thread / 32;
     if (lane == 0) {
       if (warp == 0) {
-        init_ring(block.code_full, kCodeStages, 4 * kWarpgroups);
+        init_ring(block.code_full, kCodeStages, kOneRing ? 2 : 1, 4 * kWarpgroups);
+        ptx::barrier_init(block.nothing, 4 * kWarpgroups);
       } else if (warp == 1) {
-        init_ring(block.x_full, kXStages, 4 * kWarpgroups);
+        if (!kOneRing) init_ring(block.x_full, kXStages, 1, 4 * kWarpgroups);
       } else if (warp == 2) {
         // Every lane frees scales: racecheck does not see that a lane may do it for its warp, and
         // looks at plain bulk copies.
-        init_ring(block.scale_full, kScaleStages, 128 * kWarpgroups);
+        init_ring(block.scale_full, kScaleStages, 1, 128 * kWarpgroups);
       } else if (args.split > 1) {
         for (int i = 0; i < Base::exchanged_groups(args, block.rank); ++i) {
           ptx::barrier_init(block.exchanged + 8 * i, 1);
@@ -421,6 +446,7 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
       ptx::barrier_init_fence();
     }
     __syncwarp();
+    if (kOneRing && warp < 2) ptx::named_barrier_sync(Base::kRingMade, 64);
     ptx::named_barrier_arrive(Base::kStarted, kThreads);
     ptx::release_registers<kCopyRegisters>();
     if (kShared && warp == 3)
@@ -435,11 +461,11 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
     if (args.split > 1) ptx::cluster_sync_relaxed();  // which counts every thread
   }
 
-  // The copy warps fill; so many arrivals of the computing warps empty. The empty barriers lie
+  // So many copy warps fill; so many arrivals of the computing warps empty. The empty barriers lie
   // behind the full ones.
-  __device__ static void init_ring(uint32_t full, int stages, int arrivals) {
+  __device__ static void init_ring(uint32_t full, int stages, int copies, int arrivals) {
     for (int s = 0; s < stages; ++s) {
-      ptx::barrier_init(full + 8 * s, 1);
+      ptx::barrier_init(full + 8 * s, copies);
       ptx::barrier_init(full + 8 * (stages + s), arrivals);
     }
   }

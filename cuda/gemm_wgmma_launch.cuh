@@ -98,7 +98,9 @@ cudaError_t launch_config(int split, const GemmArgs& gemm, int multiprocessors,
   const bool ahead = Kernel::kGrouped || int64_t(gemm.n) * gemm.k / 2 > kReadAheadBytes;
   // With one tile of tokens every weight is read once, and the activations by all. But of rows that
   // begin anywhere in 256 bytes, L2 fetches pieces ahead, which it must then keep.
-  args.reads_once = !Kernel::kGrouped && args.tiles_m == 1 && (!ahead || gemm.k % 512 == 0);
+  const bool once = !Kernel::kGrouped && args.tiles_m == 1, shared = gemm.k % 512 != 0;
+  args.reads_once = once && !(ahead && shared);
+  args.shares_pieces = (once || Kernel::kGrouped) && ahead && shared;
 
   WgmmaMaps maps;
   const Matrix x = {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, gemm.x, gemm.k, gemm.m, int64_t(gemm.k) * 2};

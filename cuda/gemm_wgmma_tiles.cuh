@@ -49,8 +49,10 @@ struct WgmmaArgs {
   int turns;        // groups of eight tokens whose sums each of them adds up, but for the last ones
   int scale_rows;   // that lie in one row of `maps.scales`; 0: a tile's scales are copied at once
   int scale_slabs;  // slabs whose scales are copied together
-  bool reads_once;  // the weights
-  bool scatter;     // `out` is not bf16 or its rows are not multiples of 16 bytes
+  // The weights are read once. In rows of whole pieces that L2 fetches; in rows that share such a
+  // piece with the next one.
+  bool reads_once, shares_pieces;
+  bool scatter;  // `out` is not bf16 or its rows are not multiples of 16 bytes
 };
 
 struct WgmmaMaps {     // boxes are {inner, outer}
@@ -74,6 +76,9 @@ struct WgmmaTiles {
 
   // Slabs that are copied together: each copy costs its barriers. More activations leave no room.
   static constexpr int kSlabsOfX = kTileM <= 64 ? 2 : 1, kSlabsOfCodes = 2;
+  // Both operands of the same slabs have their barriers in common: a twelfth fewer instructions.
+  // With four warpgroups there is no room for as many activations as codes.
+  static constexpr bool kOneRing = kSlabsOfX == kSlabsOfCodes && kWarpgroups < 4;
   // A row's scales: those of K up to 3072 at once; otherwise, in 48 bytes, those of 16 slabs and
   // what aligning the first one costs. Rows of 48 bytes lie in different banks.
   static constexpr int kMaxScaleBytes = 96, kScaleBoxBytes = 48, kSlabsOfScales = 16;
@@ -94,18 +99,22 @@ struct WgmmaTiles {
   static constexpr int kCodeOffset = kStagingOffset + kStagingBytes;
   // Each stage of scales has room for a bias beside it; a tile's comes with its last scales.
   static constexpr int kFree = 227 * 1024 - kBarrierBytes - kScaleStages * kBiasBytes - kCodeOffset;
-  static constexpr int kCodeStages = kFree / kCodeBytes < 8 ? kFree / kCodeBytes : 8;
+  static constexpr int kMostCodeStages = kOneRing ? kXStages : 8;
+  static constexpr int kCodeStages =
+      kFree / kCodeBytes < kMostCodeStages ? kFree / kCodeBytes : kMostCodeStages;
+  static_assert(!kOneRing || kCodeStages == kXStages);
   static constexpr int kBarrierOffset = kCodeOffset + kCodeStages * kCodeBytes;
   static constexpr int kBiasOffset = kBarrierOffset + kBarrierBytes;
   static constexpr int kSharedBytes = kBiasOffset + kScaleStages * kBiasBytes;
   static_assert(kCodeStages >= 3);
   static_assert(kStagingOffset % 1024 == 0 && kCodeOffset % 1024 == 0);
-  static_assert(16 * (kXStages + kScaleStages + kCodeStages) + 8 * (kTokenGroups / 2) <=
+  static_assert(16 * (kXStages + kScaleStages + kCodeStages) + 8 + 8 * (kTokenGroups / 2) <=
                 kBarrierBytes);
 
   struct Block {  // what a thread block works on
     uint32_t shared;
     uint32_t x_full, x_empty, code_full, code_empty, scale_full, scale_empty;
+    uint32_t nothing;    // a barrier that nobody waits for
     uint32_t exchanged;  // of each group of sums that this thread block adds: all have come
     int rank;            // in its cluster
     int slabs, tiles;    // of a tile, and how many of them
@@ -114,11 +123,12 @@ struct WgmmaTiles {
       shared = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
       x_full = shared + kBarrierOffset;
       x_empty = x_full + 8 * kXStages;
-      code_full = x_empty + 8 * kXStages;
+      code_full = kOneRing ? x_full : x_empty + 8 * kXStages;
       code_empty = code_full + 8 * kCodeStages;
       scale_full = code_empty + 8 * kCodeStages;
       scale_empty = scale_full + 8 * kScaleStages;
-      exchanged = scale_empty + 8 * kScaleStages;
+      nothing = scale_empty + 8 * kScaleStages;
+      exchanged = nothing + 8;
       rank = args.split > 1 ? int(ptx::cluster_rank()) : 0;
       slabs = args.k / 64;
       tiles = (kGrouped ? __ldg(args.tile_count) : args.tiles_m) * args.tiles_n;

@@ -27,14 +27,28 @@ def select():
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_named_shapes_stream_up_to_16_tokens_or_8_with_long_k(select, name):
-    n, k = SHAPES[name]
+def test_named_shapes_stream_with_few_tokens(select, name):
+    # Beyond, K is split between thread blocks; but lm_head has tiles enough, and up's activations
+    # would be read again for every two tiles, as K does not fit one stage.
+    most = {"lm_head": 16, "llama70b_down": 4}.get(name, 8)
     for m in MS:
-        config = select(m, n, k, H100, H100)
-        # More than 8 tokens would be read again for every tile if K does not fit one stage.
-        streams = m <= (16 if k <= 3072 else 8)
-        assert config["kind"] == ("streaming" if streams else "wgmma")
+        config = select(m, *SHAPES[name], H100, H100)
+        assert config["kind"] == ("streaming" if m <= most else "wgmma")
         assert config["tile_m"] >= min(m, 8)
+        if most < m <= 16:
+            assert config["split"] == SHARED if name == "llama70b_up" else config["split"] > 1
+
+
+def test_few_rows_stream_unless_splitting_k_pays(select):
+    def kind(m, n, k):
+        return select(m, n, k, H100, H100)["kind"]
+
+    # K in one stage: 8 tokens always, 16 where K is short.
+    assert kind(8, 8192, 3072) == "streaming" and kind(16, 8192, 3072) == "wgmma"
+    assert kind(16, 2048, 1024) == "streaming"
+    # In several: a tile of 32 rows for each multiprocessor, or so many rows that nothing is split.
+    assert kind(8, 4096, 14336) == "streaming" and kind(8, 8192, 8192) == "wgmma"
+    assert kind(8, 16384, 53248) == "streaming"
 
 
 def test_kernels_need_their_hardware(select):
@@ -69,8 +83,8 @@ def test_clusters_that_split_k_run_at_once(select):
 
 def test_tiles_are_shared_where_the_last_wave_is_far_from_full(select):
     up = SHAPES["llama70b_up"]
-    # 150, 224 or 448 tiles of 128 slabs each on 132: whole waves would be 57 or 85 % full.
-    assert all(select(m, *up, H100, H100)["split"] == SHARED for m in (128, 256, 512))
+    # 224, 150, 224 or 448 tiles of 128 slabs each on 132: whole waves would be 57 or 85 % full.
+    assert all(select(m, *up, H100, H100)["split"] == SHARED for m in (16, 128, 256, 512))
     for m, n, k in product((17, 64, 128, 200, 512, 3000), range(64, 40000, 1600), (64, 2880, 8192)):
         config = select(m, n, k, H100, H100)
         tiles = -(-m // config["tile_m"]) * -(-n // config["tile_n"])

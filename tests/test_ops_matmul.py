@@ -26,10 +26,10 @@ def cases():
         if n * k <= 100 * 96:
             yield pytest.param("reference", n, k)
         yield pytest.param("cuda", n, k, marks=pytest.mark.gpu)
-    # K in several stages of the streaming kernels, of 12 warps with a rest and of 16 warps, and
-    # more rows than one wave of 192-row tiles. With these the grid reaches every configuration.
-    # Of 8192 long rows every multiprocessor gets as many tiles of 64 as it would get of 32.
-    for n, k in ((160, 3584), (4800, 8192), (28672, 320), (8192, 5120)):
+    # K in several stages of the streaming kernels, of 12 warps with a rest and of 16 warps, where a
+    # multiprocessor has one tile, two, which share activations, or three. More rows than one wave
+    # of 192-row tiles. With these and the next test every configuration is reached.
+    for n, k in ((160, 3584), (4800, 8192), (8960, 4608), (28672, 320), (8192, 5120)):
         yield pytest.param("cuda", n, k, marks=pytest.mark.gpu)
 
 
@@ -82,10 +82,17 @@ def test_integers_are_exact(implementation, n, k, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("m", "n", "k"),
-    [(250, 17408, 1600), (500, 8600, 1600), (192, 17408, 2048), (125, 26000, 4096)],
+    [
+        (250, 17408, 1600),
+        (500, 8600, 1600),
+        (192, 17408, 2048),
+        (125, 26000, 4096),
+        (12, 20000, 4160),
+        (80, 5760, 2880),
+    ],
 )
-def test_tiles_shared_by_all_thread_blocks_are_exact(m, n, k):
-    """Their parts go from one thread block to another, in an order that never changes."""
+def test_further_tiles_are_exact(m, n, k):
+    """Those shared by all thread blocks, whose parts keep their order, and those of 96 tokens."""
     rng = np.random.default_rng([m, n, k])
     w = random_weight(rng, n, k, scales=(125, 128))
     x = random_integers(rng, m, k, dtype=BF16)

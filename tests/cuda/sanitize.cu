@@ -174,6 +174,7 @@ int main() {
   for (int k : {2880, 3584, 8192})
     for (int n : {16, 4800})
       for (int m : {1, 8, 16}) calls += run_matmul(DType::kBF16, m, n, k);
+  calls += run_matmul(DType::kBF16, 3, 8960, 4608);
   for (int k : {2880, 4096, 4608})
     for (int m : {1, 16}) calls += run_matmul(DType::kBF16, m, 2144, k, DType::kBF16);
   // Warpgroups: one tile and many, K split between thread blocks and not, ragged edges.
@@ -190,13 +191,12 @@ int main() {
   for (int m : {64, 192}) calls += matmul_bf16(m, 16896, 3200);
   for (int m : {96, 256}) calls += matmul_bf16(m, 5120, 3200);
   calls += matmul_bf16(33, 4800, 1152) + matmul_bf16(129, 8256, 1152);
-  calls +=
-      matmul_bf16(16, 25600, 4160) + matmul_bf16(9, 16576, 3200) + matmul_bf16(1000, 9000, 192);
+  calls += matmul_bf16(9, 16576, 3200) + matmul_bf16(1000, 9000, 192);
   calls += matmul_bf16(500, 9000, 64) + matmul_bf16(700, 9000, 128) + matmul_bf16(1100, 12000, 64) +
            matmul_bf16(2000, 6000, 64);
   // Tiles shared by all thread blocks.
   calls += matmul_bf16(192, 17408, 2048) + matmul_bf16(125, 26000, 4096) +
-           run_matmul(DType::kBF16, 256, 17400, 1600);
+           matmul_bf16(16, 25600, 4160) + run_matmul(DType::kBF16, 256, 17400, 1600);
   for (DType type : types)
     for (int tokens : {1, 5, 70, 300})
       for (int experts : {1, 4, 33}) {
