@@ -278,13 +278,17 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
       packed.scales[half] = ptx::load_shared2(cursor.scale[half] + 2 * kOdd);
       if (kOdd) cursor.scale[half] += 4;
     }
-    if (kOdd) free_codes(block, cursor);
   }
 
-  __device__ static void free_codes(const Block& block, Cursor& cursor) {
-    if (kOneRing) return;
-    arrive(block.code_empty + 8 * cursor.codes.index);
-    cursor.codes.advance();
+  // Past the slabs that were copied together; all of them have been decoded. Codes must not be
+  // freed sooner: an arrival overtakes loads that have been issued, but wait behind running
+  // products.
+  __device__ static void finish_stage(const Block& block, Cursor& cursor) {
+    if (!kOneRing) {
+      arrive(block.code_empty + 8 * cursor.codes.index);
+      cursor.codes.advance();
+    }
+    if (kSlabsOfX == kSlabsOfCodes) cursor.x.advance();
   }
   static_assert(kSlabsOfCodes == 2 && kSlabsOfScales % 2 == 0);
 
@@ -334,7 +338,7 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
       multiply_slab<kTileM>(a, x, sums);
     ptx::wgmma_commit();
     pipeline.x_empty[kOdd] = block.x_empty + 8 * cursor.x.index;
-    if (kSlabsOfX == 1 || kOdd) cursor.x.advance();
+    if (kSlabsOfX == 1) cursor.x.advance();
   }
 
   __device__ static void multiply_tile(const WgmmaArgs& args, const Block& block, const Tile& tile,
@@ -347,14 +351,11 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
     fetch<0>(block, cursor, pipeline.packed);
     for (int i = 0;;) {
       do_slab<0>(block, width, cursor, pipeline, sums);
-      if (++i == slabs) {
-        free_codes(block, cursor);
-        if (kSlabsOfX == 2) cursor.x.advance();
-        break;
-      }
+      if (++i == slabs) break;
       fetch<1>(block, cursor, pipeline.packed);
       do_slab<1>(block, width, cursor, pipeline, sums);
       if (++i == slabs) break;
+      finish_stage(block, cursor);
       if (i == cursor.next_scales) next_scales(args, block, cursor, i);
       fetch<0>(block, cursor, pipeline.packed);
       if constexpr (kHasSteadyLoop) {
@@ -365,10 +366,12 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
           do_slab<0>(block, width, cursor, pipeline, sums);
           fetch<1>(block, cursor, pipeline.packed);
           do_slab<1>(block, width, cursor, pipeline, sums);
+          finish_stage(block, cursor);
           fetch<0>(block, cursor, pipeline.packed);
         }
       }
     }
+    finish_stage(block, cursor);
     ptx::wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < kTileM / 2; ++i) ptx::keep_register(sums[i]);
@@ -407,7 +410,7 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
     if (threadIdx.x % 128 == 0) ptx::bulk_store_wait_read();
   }
 
-  // Each copying warp makes the barriers of its ring and starts; the others wait for these.
+  // The copying warps make the barriers and start; the others wait for that.
   __device__ static void run(const WgmmaArgs& args, const WgmmaMaps& maps, char* memory) {
     if (threadIdx.x == 0) {
       ptx::prefetch_tensor_map(&maps.w);
@@ -446,7 +449,7 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
       ptx::barrier_init_fence();
     }
     __syncwarp();
-    if (kOneRing && warp < 2) ptx::named_barrier_sync(Base::kRingMade, 64);
+    ptx::named_barrier_sync(Base::kRingsMade, 128);
     ptx::named_barrier_arrive(Base::kStarted, kThreads);
     ptx::release_registers<kCopyRegisters>();
     if (kShared && warp == 3)

@@ -36,7 +36,7 @@ struct WgmmaEpilogue : WgmmaTiles<kConfig, kEpilogue, kShared> {
   using Sums = float[kTileM / 2];
 
   // Named barriers; a warpgroup has 1 and its number.
-  static constexpr int kStarted = 5, kHandedOver = 6, kRingMade = 7;
+  static constexpr int kStarted = 5, kHandedOver = 6, kRingsMade = 7;
 
   static constexpr int kSlotBytes = kWarpgroups * 128 * 16;  // of the exchange of sums, one group
 
