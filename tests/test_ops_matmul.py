@@ -103,6 +103,48 @@ def test_further_tiles_are_exact(m, n, k):
     assert_equal_exactly(half, exact, "bfloat16")
 
 
+# A tile of each kind of kernel, alone and with what it exchanges with others.
+REPEATED = (
+    (3, 8960, 4608),
+    (16, 5120, 2880),
+    (12, 20000, 4160),
+    (32, 28672, 3200),
+    (64, 28672, 3200),
+    (90, 26000, 4160),
+    (125, 26000, 4096),
+    (500, 8600, 1600),
+    (500, 26000, 2880),
+)
+
+
+def repeated():
+    """(implementation, M, N, K, calls): many calls where barriers are at work."""
+    yield pytest.param("reference", 5, 8, 64, 3)
+    for m, n, k in REPEATED:
+        yield pytest.param("cuda", m, n, k, 300, marks=pytest.mark.gpu)
+
+
+@pytest.mark.parametrize(("implementation", "m", "n", "k", "calls"), list(repeated()))
+def test_every_call_gives_the_same_bits(implementation, m, n, k, calls):
+    """Data that is overwritten too early is seen in one call of a hundred."""
+    rng = np.random.default_rng([m, n, k])
+    w = mx.prepare(jax.device_put(random_weight(rng, n, k)))
+    x = random_floats(rng, m, k, dtype=BF16)
+
+    @jax.jit
+    def differences(x, w):
+        expected = mx.matmul(x, w, implementation=implementation)
+
+        def call(i, count):
+            # Tokens in another order each time, else one product would serve all calls.
+            y = mx.matmul(jnp.roll(x, i, axis=0), w, implementation=implementation)
+            return count + jnp.sum(y != jnp.roll(expected, i, axis=0), dtype=jnp.int32)
+
+        return jax.lax.fori_loop(0, calls, call, jnp.int32(0))
+
+    assert differences(x, w) == 0
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("implementation", "n", "k"), list(cases()))
 def test_accuracy(implementation, n, k, dtype):
