@@ -21,6 +21,7 @@
 #pragma once
 
 #include <atomic>
+#include <utility>
 
 #include "gemm_config.h"
 #include "kernels.h"
@@ -203,6 +204,27 @@ struct Ring {
     }
   }
 };
+
+// launch(c) for c of which c.value is `config`, among the configurations that kCompiled names:
+// their kernels are what is compiled.
+template <bool (*kCompiled)(const GemmConfig&), typename Launch, int... kConfigs>
+cudaError_t launch_with(int config, const Launch& launch, std::integer_sequence<int, kConfigs...>) {
+  cudaError_t error = cudaErrorInvalidValue;
+  const auto attempt = [&](auto c) {
+    if constexpr (kCompiled(kGemmConfigs[decltype(c)::value]))
+      if (config == decltype(c)::value) error = launch(c);
+  };
+  (attempt(std::integral_constant<int, kConfigs>{}), ...);
+  return error;
+}
+template <bool (*kCompiled)(const GemmConfig&), typename Launch>
+cudaError_t launch_with(int config, const Launch& launch) {
+  return launch_with<kCompiled>(config, launch, std::make_integer_sequence<int, kNumGemmConfigs>{});
+}
+template <GemmKind kKind>
+constexpr bool is_kind(const GemmConfig& config) {
+  return config.kind == kKind;
+}
 
 // More than 48 KB of shared memory is an opt-in per kernel and device: a host call, legal during
 // stream capture, made once.

@@ -23,27 +23,16 @@ cudaError_t launch_config(const GemmArgs& args, int multiprocessors, cudaStream_
   return cudaGetLastError();
 }
 
-template <int kConfig = 0>
-cudaError_t launch(int config, const GemmArgs& args, int multiprocessors, cudaStream_t stream) {
-  if constexpr (kConfig == kNumGemmConfigs) {
-    return cudaErrorInvalidValue;
-  } else {
-    if constexpr (kGemmConfigs[kConfig].kind == GemmKind::kStreaming) {
-      if (config == kConfig) {
-        const bool cached = args.k <= 128 * kGemmConfigs[kConfig].stage_chunks();
-        return cached ? launch_config<kConfig, true>(args, multiprocessors, stream)
-                      : launch_config<kConfig, false>(args, multiprocessors, stream);
-      }
-    }
-    return launch<kConfig + 1>(config, args, multiprocessors, stream);
-  }
-}
-
 }  // namespace
 
 cudaError_t launch_streaming(int config, const GemmArgs& args, int multiprocessors,
                              cudaStream_t stream) {
-  return launch(config, args, multiprocessors, stream);
+  return launch_with<is_kind<GemmKind::kStreaming>>(config, [&](auto c) {
+    constexpr int kConfig = decltype(c)::value;
+    const bool cached = args.k <= 128 * kGemmConfigs[kConfig].stage_chunks();
+    return cached ? launch_config<kConfig, true>(args, multiprocessors, stream)
+                  : launch_config<kConfig, false>(args, multiprocessors, stream);
+  });
 }
 
 }  // namespace jax_mxfp4

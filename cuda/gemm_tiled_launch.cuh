@@ -6,31 +6,21 @@
 
 namespace jax_mxfp4 {
 
-template <typename Act, Epilogue kEpilogue, int kConfig = 0>
-cudaError_t launch_epilogue(int config, const GemmArgs& args, int64_t tiles_m,
-                            cudaStream_t stream) {
-  if constexpr (kConfig == kNumGemmConfigs) {
-    return cudaErrorInvalidValue;
-  } else if constexpr (kGemmConfigs[kConfig].kind != GemmKind::kTiled) {
-    return launch_epilogue<Act, kEpilogue, kConfig + 1>(config, args, tiles_m, stream);
-  } else {
-    if (config == kConfig) return launch_config<Act, kConfig, kEpilogue>(args, tiles_m, stream);
-    return launch_epilogue<Act, kEpilogue, kConfig + 1>(config, args, tiles_m, stream);
-  }
-}
-
 template <typename Act>
 cudaError_t launch_tiled(Epilogue epilogue, int config, const GemmArgs& args, int64_t tiles_m,
                          cudaStream_t stream) {
-  switch (epilogue) {
-    case Epilogue::kDense:
-      return launch_epilogue<Act, Epilogue::kDense>(config, args, tiles_m, stream);
-    case Epilogue::kGateUp:
-      return launch_epilogue<Act, Epilogue::kGateUp>(config, args, tiles_m, stream);
-    case Epilogue::kDown:
-      return launch_epilogue<Act, Epilogue::kDown>(config, args, tiles_m, stream);
-  }
-  return cudaErrorInvalidValue;
+  return launch_with<is_kind<GemmKind::kTiled>>(config, [&](auto c) {
+    constexpr int kConfig = decltype(c)::value;
+    switch (epilogue) {
+      case Epilogue::kDense:
+        return launch_config<Act, kConfig, Epilogue::kDense>(args, tiles_m, stream);
+      case Epilogue::kGateUp:
+        return launch_config<Act, kConfig, Epilogue::kGateUp>(args, tiles_m, stream);
+      case Epilogue::kDown:
+        return launch_config<Act, kConfig, Epilogue::kDown>(args, tiles_m, stream);
+    }
+    return cudaErrorInvalidValue;
+  });
 }
 
 }  // namespace jax_mxfp4

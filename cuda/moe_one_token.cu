@@ -294,25 +294,15 @@ __global__ void __launch_bounds__(StreamingGemm<kConfig>::kThreads, 1)
 #endif
 }
 
-template <int kConfig = 0>
-cudaError_t launch(int config, const MoeArgs& args, int multiprocessors, cudaStream_t stream) {
-  if constexpr (kConfig == kNumGemmConfigs) {
-    return cudaErrorInvalidValue;
-  } else {
-    if constexpr (kGemmConfigs[kConfig].kind == GemmKind::kOneToken)
-      if (config == kConfig)
-        return launch_cooperative<one_token_moe_kernel<kConfig>>(
-            args, StreamingGemm<kConfig>::kThreads, StreamingGemm<kConfig>::kSharedBytes,
-            multiprocessors, stream);
-    return launch<kConfig + 1>(config, args, multiprocessors, stream);
-  }
-}
-
 }  // namespace
 
 cudaError_t launch_one_token_moe(int config, const MoeArgs& args, int multiprocessors,
                                  cudaStream_t stream) {
-  return launch(config, args, multiprocessors, stream);
+  return launch_with<is_kind<GemmKind::kOneToken>>(config, [&](auto c) {
+    using Kernel = StreamingGemm<decltype(c)::value>;
+    return launch_cooperative<one_token_moe_kernel<decltype(c)::value>>(
+        args, Kernel::kThreads, Kernel::kSharedBytes, multiprocessors, stream);
+  });
 }
 
 }  // namespace jax_mxfp4

@@ -12,25 +12,15 @@ __global__ void __launch_bounds__(StreamingMoe<kConfig>::kThreads, 1)
 #endif
 }
 
-template <int kConfig = 0>
-cudaError_t launch(int config, const MoeArgs& args, int multiprocessors, cudaStream_t stream) {
-  if constexpr (kConfig == kNumGemmConfigs) {
-    return cudaErrorInvalidValue;
-  } else {
-    if constexpr (is_streaming_moe(kGemmConfigs[kConfig]))
-      if (config == kConfig)
-        return launch_cooperative<streaming_moe_kernel<kConfig>>(
-            args, StreamingMoe<kConfig>::kThreads, StreamingMoe<kConfig>::kSharedBytes,
-            multiprocessors, stream);
-    return launch<kConfig + 1>(config, args, multiprocessors, stream);
-  }
-}
-
 }  // namespace
 
 cudaError_t launch_streaming_moe(int config, const MoeArgs& args, int multiprocessors,
                                  cudaStream_t stream) {
-  return launch(config, args, multiprocessors, stream);
+  return launch_with<is_streaming_moe>(config, [&](auto c) {
+    using Kernel = StreamingMoe<decltype(c)::value>;
+    return launch_cooperative<streaming_moe_kernel<decltype(c)::value>>(
+        args, Kernel::kThreads, Kernel::kSharedBytes, multiprocessors, stream);
+  });
 }
 
 }  // namespace jax_mxfp4
