@@ -60,9 +60,9 @@ inline constexpr GemmConfig kGemmConfigs[] = {
     // Up to 16 tokens, K in one stage: twice the activation registers, so no 16-warp variant.
     {GemmKind::kStreaming, 16, 1, 1, 12, 2, 5},
     {GemmKind::kStreaming, 16, 2, 1, 12, 2, 2},
-    // Beyond 8 tokens with long K, and more: the time of a step falls with the tokens, tiles of
-    // 128, 192 or 256 rows fill the GPU as evenly as N allows. Four warpgroups hide latencies best;
-    // more sums leave room for three or two.
+    // More tokens, or few with so few rows that K is split: the time of a step falls with the
+    // tokens, tiles of 128, 192 or 256 rows fill the GPU as evenly as N allows. Four warpgroups
+    // hide latencies best; more sums leave room for three or two.
     {GemmKind::kWgmma, 16, 1, 8, 1, 1, 10, 0.160f},
     {GemmKind::kWgmma, 16, 1, 16, 1, 1, 8, 0.317f},
     {GemmKind::kWgmma, 32, 1, 8, 1, 1, 10, 0.200f},

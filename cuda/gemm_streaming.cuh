@@ -137,8 +137,7 @@ struct StreamingGemm {
     if (fill++ >= kStages) ptx::named_barrier_sync(kEmpty + ring.index, kEmptyThreads);
   }
 
-  // Tiles whose slices take turns, so that activations that do not stay in registers are read for
-  // two tiles at once.
+  // Tiles whose slices take turns: activations that do not stay in registers are read for two.
   template <bool kCached>
   static constexpr int kTogether = !kCached && reads_for_two_tiles(config) ? 2 : 1;
 
