@@ -167,8 +167,8 @@ Estimate select_wgmma(const GemmShape& shape) {
   return best;
 }
 
-// Where both can run. Most of all, wgmma tiles are better if rows are so few that their tiles split
-// K between thread blocks: streaming then leaves multiprocessors without work or with more of it
+// Of two kernels that can run. wgmma tiles are better where rows are so few that they split K
+// between thread blocks: streaming then leaves multiprocessors without work, or with more of it
 // than others.
 bool streaming_is_faster(const GemmConfig& streaming, const GemmShape& shape,
                          const Estimate& wgmma) {

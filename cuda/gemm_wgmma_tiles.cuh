@@ -49,10 +49,9 @@ struct WgmmaArgs {
   int turns;        // groups of eight tokens whose sums each of them adds up, but for the last ones
   int scale_rows;   // that lie in one row of `maps.scales`; 0: a tile's scales are copied at once
   int scale_slabs;  // slabs whose scales are copied together
-  // The weights are read once. In rows of whole pieces that L2 fetches; in rows that share such a
-  // piece with the next one.
-  bool reads_once, shares_pieces;
-  bool scatter;  // `out` is not bf16 or its rows are not multiples of 16 bytes
+  bool reads_once;  // the weights, whose rows are whole pieces of what L2 fetches
+  bool shares_pieces;  // rows of the weights share such pieces with their neighbours
+  bool scatter;        // `out` is not bf16 or its rows are not multiples of 16 bytes
 };
 
 struct WgmmaMaps {     // boxes are {inner, outer}
