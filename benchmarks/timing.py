@@ -48,6 +48,7 @@ def measure(
     samples: int = 9,
     sample_seconds: float = 8e-3,
     warm_up: int = WARM_UP,
+    before_sample: Callable[[T], T] = lambda state: state,
 ) -> tuple[Timing, T]:
     """Time ``run``, a program of `calls` calls that passes on its state.
 
@@ -56,6 +57,7 @@ def measure(
     one before. Starting the first and waiting for the last cost 0.8 ms beside a burst of 8 ms
     (measured: an H100, programs of 200 arguments). A sample is therefore the difference of two
     bursts, as many executions as fill `sample_seconds` (1 to 10) and three times as many.
+    `before_sample` makes the state of the first from what the sample before has left.
 
     Returns:
       the timing and the last state.
@@ -85,6 +87,7 @@ def measure(
     differences: list[float] = []
     queueing, totals = [], []
     for _ in range(MAX_TRIES * samples):
+        state = jax.block_until_ready(before_sample(state))
         _, short = burst(runs)
         queued, long = burst(LONGER * runs)
         queueing.append(queued)

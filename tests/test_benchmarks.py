@@ -162,6 +162,10 @@ def test_timing_counts_calls_and_not_what_a_burst_costs(monkeypatch):
     runs = 3  # of 2.5 ms, as the first one seemed
     assert (measured.runs, measured.samples) == (2 * runs, 3)
     assert state == 2 + 1 + 3 * (runs + 3 * runs)
+    _, state = timing.measure(
+        run, jnp.int32(0), 10, samples=3, sample_seconds=8e-3, before_sample=jnp.zeros_like
+    )
+    assert state == runs + 3 * runs  # of the last sample alone
 
 
 def test_timing_tries_again_where_more_work_took_less_time(monkeypatch):
