@@ -86,7 +86,7 @@ constexpr float kSum = 1.0f / 5000;
 
 // `blocks`: thread blocks at work. Fewer than the multiprocessors get no more from memory each.
 float loads_us(const GemmConfig& config, const GemmShape& shape, int64_t tiles, int64_t blocks) {
-  constexpr float kL2 = 7.15e6f, kMemory = 2.92e6f;  // bytes in a microsecond
+  constexpr float kL2 = 7.55e6f, kMemory = 2.92e6f;  // bytes in a microsecond
   const float of_tile = float(shape.k) * float(2 * config.tile_m + kWeightBytes * config.tile_n());
   const float share = std::min(1.0f, float(blocks) / float(shape.wgmma_multiprocessors));
   return std::max(float(tiles) * of_tile / kL2,
@@ -96,13 +96,14 @@ float loads_us(const GemmConfig& config, const GemmShape& shape, int64_t tiles, 
 // What lies between two tiles of a thread block beside their steps.
 float next_tile_us(const GemmConfig& config) { return 0.18f + 0.028f * float(config.tile_m); }
 
-// With an exchange of sums each of `split` thread blocks sends all of its tile but its own part.
+// With an exchange of sums each of `split` thread blocks sends all of its tile but its own part. It
+// takes less where several tiles of tokens share the rows (measured with 512 tokens).
 float wgmma_us(const GemmConfig& config, const GemmShape& shape, int64_t tiles, int split) {
-  constexpr float kExchange = 0.26f;
+  const float exchange_us = shape.m > 2 * config.tile_m ? 0.16f : 0.26f;
   const int64_t waves = ceil_div(tiles * split, shape.wgmma_multiprocessors);
   const int64_t steps = ceil_div(shape.k / 64, split);
   const float sums = float(config.tile_m * config.tile_n()) * float(split - 1) / float(split);
-  const float exchange = split > 1 ? kExchange * float(split) + kSum * sums : 0.0f;
+  const float exchange = split > 1 ? exchange_us * float(split) + kSum * sums : 0.0f;
   const float computing =
       float(waves * steps) * config.step_us + float(waves - 1) * next_tile_us(config) + exchange;
   return kLaunch + std::max(computing, loads_us(config, shape, tiles, tiles * split));
@@ -128,14 +129,14 @@ float shared_us(const GemmConfig& config, const GemmShape& shape, int64_t tiles)
   return kLaunch + std::max(computing, loads_us(config, shape, tiles, shape.wgmma_multiprocessors));
 }
 
-// Over many waves the runs of neighbours lie so far apart that their operands meet in L2 no more
-// (measured: 70B down at 4096 tokens 4160 instead of 2570 us). With fewer tiles than thread blocks,
-// parts would only come when their readers are done, too.
+// Over many waves the runs of neighbours lie so far apart that their operands meet in L2 no more,
+// and multiprocessors that wait for the last wave leave their power to the others (measured: 70B
+// down at 4096 tokens 4160 instead of 2570 us, 70B up at 512 345 instead of 333). With fewer tiles
+// than thread blocks, parts would only come when their readers are done, too.
 bool can_share(const GemmConfig& config, const GemmShape& shape, int64_t tiles) {
   const int blocks = shape.wgmma_multiprocessors;
-  const int waves = ceil_div(shape.m, config.tile_m) <= 2 ? kMaxSharedWaves : 2;
   return can_share_tiles(config) && blocks <= kMaxSharers && shape.k <= kMaxSharedK &&
-         tiles > blocks && tiles < waves * blocks;
+         tiles > blocks && tiles < kMaxSharedWaves * blocks;
 }
 
 constexpr int kSplits[] = {1, 2, 3, 4, 5, 8};

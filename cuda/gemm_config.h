@@ -71,15 +71,15 @@ inline constexpr GemmConfig kGemmConfigs[] = {
     {GemmKind::kWgmma, 64, 1, 8, 1, 1, 7, 0.227f},
     {GemmKind::kWgmma, 64, 1, 12, 1, 1, 5, 0.306f},
     {GemmKind::kWgmma, 64, 1, 16, 1, 1, 4, 0.434f},
-    {GemmKind::kWgmma, 96, 1, 12, 1, 1, 7, 0.376f},
-    {GemmKind::kWgmma, 128, 1, 8, 1, 1, 7, 0.327f},
-    {GemmKind::kWgmma, 128, 1, 12, 1, 1, 6, 0.497f},
+    {GemmKind::kWgmma, 96, 1, 12, 1, 1, 4, 0.376f},
+    {GemmKind::kWgmma, 128, 1, 8, 1, 1, 4, 0.311f},
+    {GemmKind::kWgmma, 128, 1, 12, 1, 1, 3, 0.486f},
     // The tensor cores limit: several widths, so that one of them fills the last wave.
     {GemmKind::kWgmma, 160, 1, 12, 1, 1, 5, 0.602f},
     {GemmKind::kWgmma, 176, 1, 12, 1, 1, 5, 0.653f},
     {GemmKind::kWgmma, 192, 1, 12, 1, 1, 4, 0.696f},
-    {GemmKind::kWgmma, 192, 1, 8, 1, 1, 5, 0.422f},
-    {GemmKind::kWgmma, 256, 1, 8, 1, 1, 4, 0.579f},
+    {GemmKind::kWgmma, 192, 1, 8, 1, 1, 5, 0.470f},
+    {GemmKind::kWgmma, 256, 1, 8, 1, 1, 4, 0.586f},
     // The expert layer of one token: what is left to do when the last weights have come counts, so
     // K is split between as many warps as there are registers for.
     {GemmKind::kOneToken, 8, 2, 1, 24, 1, 3},
@@ -106,9 +106,8 @@ inline constexpr int kStreamingMoeExperts = 512;
 
 // Those for which it was fastest somewhere: each takes another kernel.
 constexpr bool can_share_tiles(const GemmConfig& config) {
-  return config.kind == GemmKind::kWgmma &&
-         ((config.tile_m == 128 && config.tile_n() == 192) || config.tile_m == 256 ||
-          (config.tile_m == 16 && config.tile_n() == 128));
+  return config.kind == GemmKind::kWgmma && config.tile_n() == 128 &&
+         (config.tile_m == 16 || config.tile_m == 128);
 }
 inline constexpr int kMaxSplit = 8;
 // Larger tiles leave no room for the sums of as many thread blocks.
@@ -116,7 +115,7 @@ constexpr int max_split(const GemmConfig& config) {
   return config.tile_m * config.tile_n() >= 192 * 192 ? 1 : config.tile_m > 128 ? 2 : kMaxSplit;
 }
 inline constexpr int kShareTiles = 0, kMaxSharers = 144;  // multiprocessors of any sm_90
-inline constexpr int kMaxSharedWaves = 4, kMaxSharedK = 1 << 20;
+inline constexpr int kMaxSharedWaves = 2, kMaxSharedK = 1 << 20;
 
 struct GemmChoice {
   int config;  // index into kGemmConfigs

@@ -13,7 +13,7 @@ namespace jax_mxfp4 {
 // that has the tile's beginning, and whether its warpgroups have written it; who reads a part
 // resets that. Kernels that use this are cooperative launches that fill the GPU: one runs at a
 // time.
-constexpr int kMaxPart = 256 * 128;
+constexpr int kMaxPart = 128 * 128;
 static __device__ float4 g_parts[kMaxSharers][kMaxPart / 4];
 static __device__ unsigned g_part_written[kMaxSharers][4];
 

@@ -74,7 +74,7 @@ struct WgmmaTiles {
   static_assert(kTileN == 64 * kWarpgroups);
 
   // Slabs that are copied together: each copy costs its barriers. More activations leave no room.
-  static constexpr int kSlabsOfX = kTileM <= 64 ? 2 : 1, kSlabsOfCodes = 2;
+  static constexpr int kSlabsOfX = kTileM <= 128 ? 2 : 1, kSlabsOfCodes = 2;
   // Both operands of the same slabs have their barriers in common: a twelfth fewer instructions.
   // With four warpgroups there is no room for as many activations as codes.
   static constexpr bool kOneRing = kSlabsOfX == kSlabsOfCodes && kWarpgroups < 4;

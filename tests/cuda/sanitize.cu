@@ -195,8 +195,8 @@ int main() {
   calls += matmul_bf16(500, 9000, 64) + matmul_bf16(700, 9000, 128) + matmul_bf16(1100, 12000, 64) +
            matmul_bf16(2000, 6000, 64);
   // Tiles shared by all thread blocks.
-  calls += matmul_bf16(192, 17408, 2048) + matmul_bf16(125, 26000, 4096) +
-           matmul_bf16(16, 25600, 4160) + run_matmul(DType::kBF16, 256, 17400, 1600);
+  calls += matmul_bf16(125, 17400, 2112) + matmul_bf16(125, 26000, 4096) +
+           matmul_bf16(16, 25600, 4160) + run_matmul(DType::kBF16, 250, 8600, 2880);
   for (DType type : types)
     for (int tokens : {1, 5, 70, 300})
       for (int experts : {1, 4, 33}) {
