@@ -155,7 +155,7 @@ Estimate select_wgmma(const GemmShape& shape) {
   for (int i = 0; i < kNumGemmConfigs; ++i) {
     const GemmConfig& config = kGemmConfigs[i];
     if (config.kind != GemmKind::kWgmma) continue;
-    if (config.tile_m < 128 && config.tile_m < shape.m) continue;  // else codes are decoded twice
+    if (config.tile_m < 96 && config.tile_m < shape.m) continue;  // else codes are decoded twice
     const int64_t tiles = ceil_div(shape.m, config.tile_m) * ceil_div(shape.n, config.tile_n());
     if (can_share(config, shape, tiles))
       consider({i, kShareTiles}, shared_us(config, shape, tiles));

@@ -71,11 +71,16 @@ inline constexpr GemmConfig kGemmConfigs[] = {
     {GemmKind::kWgmma, 64, 1, 8, 1, 1, 7, 0.227f},
     {GemmKind::kWgmma, 64, 1, 12, 1, 1, 5, 0.306f},
     {GemmKind::kWgmma, 64, 1, 16, 1, 1, 4, 0.434f},
+    // With 96 and 104 tokens x 128 rows, 256 and 512 tokens of N = 5120 and 2880 are one wave.
+    {GemmKind::kWgmma, 96, 1, 8, 1, 1, 5, 0.262f},
     {GemmKind::kWgmma, 96, 1, 12, 1, 1, 4, 0.376f},
+    {GemmKind::kWgmma, 104, 1, 8, 1, 1, 5, 0.285f},
     {GemmKind::kWgmma, 128, 1, 8, 1, 1, 4, 0.311f},
     {GemmKind::kWgmma, 128, 1, 12, 1, 1, 3, 0.486f},
-    // The tensor cores limit: several widths, so that one of them fills the last wave.
+    // The tensor cores limit: several widths, so that one of them fills the last wave. 176 x 128: 512
+    // and 1024 tokens of N = 5120.
     {GemmKind::kWgmma, 160, 1, 12, 1, 1, 5, 0.602f},
+    {GemmKind::kWgmma, 176, 1, 8, 1, 1, 6, 0.435f},
     {GemmKind::kWgmma, 176, 1, 12, 1, 1, 5, 0.653f},
     {GemmKind::kWgmma, 192, 1, 12, 1, 1, 4, 0.696f},
     {GemmKind::kWgmma, 192, 1, 8, 1, 1, 5, 0.470f},

@@ -123,6 +123,12 @@ cudaError_t launch_config(int split, const GemmArgs& gemm, int multiprocessors,
                       int64_t(gemm.n) * 2};
   if (cudaError_t error = encode(&maps.x, x, 64, Kernel::kBoxTokens, CU_TENSOR_MAP_SWIZZLE_128B))
     return error;
+  if constexpr (!Kernel::kGrouped) {
+    args.last_tokens = (args.m - 1) % Kernel::kTileM + 1;
+    if (cudaError_t error =
+            encode(&maps.last_x, x, 64, args.last_tokens, CU_TENSOR_MAP_SWIZZLE_128B))
+      return error;
+  }
   if (cudaError_t error =
           encode(&maps.w, w, 64, Kernel::kTileN, CU_TENSOR_MAP_SWIZZLE_64B,
                  ahead ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_NONE))

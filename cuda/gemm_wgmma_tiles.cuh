@@ -52,6 +52,7 @@ struct WgmmaArgs {
   bool reads_once;  // the weights, whose rows are whole pieces of what L2 fetches
   bool shares_pieces;  // rows of the weights share such pieces with their neighbours
   bool scatter;        // `out` is not bf16 or its rows are not multiples of 16 bytes
+  int last_tokens;     // dense: of the last tile of tokens
 };
 
 struct WgmmaMaps {     // boxes are {inner, outer}
@@ -59,6 +60,7 @@ struct WgmmaMaps {     // boxes are {inner, outer}
   CUtensorMap w;       // u8 [n, k / 2], {64, tile_n}
   CUtensorMap scales;  // u8 [n / scale_rows, scale_rows * k / 32], {48, tile_n / scale_rows}
   CUtensorMap out;     // bf16 [m, n], {64, 8 * kStagedGroups}
+  CUtensorMap last_x;  // dense: x, {64, last_tokens}
 };
 
 template <int kConfig, Epilogue kEpilogue, bool kShared>
@@ -88,7 +90,7 @@ struct WgmmaTiles {
   static constexpr int kBoxTokens = !kGrouped ? kTileM : kTileM % 64 == 0 && kTileM > 64 ? 64 : 32;
   // Sums of a thread come in groups of four: rows g and g + 8, two of eight tokens.
   static constexpr int kTokenGroups = kTileM / 8;
-  static constexpr int kStagedGroups = kTileM > 96 ? kTokenGroups / 2 : kTokenGroups;
+  static constexpr int kStagedGroups = kTileM > 104 ? kTokenGroups / 2 : kTokenGroups;
   static constexpr int kStagingBytes = kWarpgroups * kStagedGroups * 1024;
 
   static constexpr int kBarrierBytes = 512, kBiasBytes = kTileN * 4;

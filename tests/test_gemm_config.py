@@ -84,7 +84,7 @@ def test_clusters_that_split_k_run_at_once(select):
 def test_tiles_are_shared_where_the_last_wave_is_far_from_full(select):
     up = SHAPES["llama70b_up"]
     # 224 tiles of 128 slabs each on 132: whole waves would be 85 % full.
-    assert all(select(m, *up, H100, H100)["split"] == SHARED for m in (16, 80, 128))
+    assert all(select(m, *up, H100, H100)["split"] == SHARED for m in (16, 128))
     for m, n, k in product((17, 64, 128, 200, 512, 3000), range(64, 40000, 1600), (64, 2880, 8192)):
         config = select(m, n, k, H100, H100)
         tiles = -(-m // config["tile_m"]) * -(-n // config["tile_n"])
@@ -98,13 +98,23 @@ def test_tiles_are_shared_where_the_last_wave_is_far_from_full(select):
 
 
 def test_tiles_follow_the_tokens(select):
-    """No tile is four times as wide as the tokens need; a code is decoded for 128 of them."""
+    """No tile is four times as wide as the tokens need; a code is decoded for 96 of them."""
     for m, shape in product((17, 33, 65, 129, 257), SHAPES.values()):
         assert select(m, *shape, H100, H100)["tile_m"] < 4 * max(m, 32)
     for m, shape in product((17, 40, 64, 65, 96, 97, 500, 4096), SHAPES.values()):
-        assert select(m, *shape, H100, H100)["tile_m"] >= min(m, 128)
+        assert select(m, *shape, H100, H100)["tile_m"] >= min(m, 96)
     for shape in SHAPES.values():
         assert select(4096, *shape, H100, H100)["tile_m"] >= 160
+
+
+@pytest.mark.parametrize(
+    ("m", "name", "tile_m"), [(256, "qkv", 96), (512, "down", 104), (512, "qkv", 176)]
+)
+def test_widths_fill_one_wave(select, m, name, tile_m):
+    n, k = SHAPES[name]
+    config = select(m, n, k, H100, H100)
+    assert (config["tile_m"], config["tile_n"], config["split"]) == (tile_m, 128, 1)
+    assert 0.8 * H100 < -(-m // tile_m) * -(-n // 128) <= H100
 
 
 def test_streaming_covers_all_tokens_and_whole_tiles(select):

@@ -89,10 +89,16 @@ def test_integers_are_exact(implementation, n, k, dtype):
         (125, 26000, 4096),
         (12, 20000, 4160),
         (80, 5760, 2880),
+        (100, 8416, 64),
+        (700, 304, 2880),
+        (170, 25776, 64),
+        (700, 1552, 4096),
+        (180, 25776, 64),
+        (180, 17584, 64),
     ],
 )
 def test_further_tiles_are_exact(m, n, k):
-    """Those shared by all thread blocks, whose parts keep their order, and those of 96 tokens."""
+    """Those shared by all thread blocks, whose parts keep their order, and wide ones."""
     rng = np.random.default_rng([m, n, k])
     w = random_weight(rng, n, k, scales=(125, 128))
     x = random_integers(rng, m, k, dtype=BF16)
