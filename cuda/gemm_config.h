@@ -77,8 +77,8 @@ inline constexpr GemmConfig kGemmConfigs[] = {
     {GemmKind::kWgmma, 104, 1, 8, 1, 1, 5, 0.285f},
     {GemmKind::kWgmma, 128, 1, 8, 1, 1, 4, 0.311f},
     {GemmKind::kWgmma, 128, 1, 12, 1, 1, 3, 0.486f},
-    // The tensor cores limit: several widths, so that one of them fills the last wave. 176 x 128: 512
-    // and 1024 tokens of N = 5120.
+    // The tensor cores limit: several widths, so that one of them fills the last wave, as 176 x 128
+    // does with 512 and 1024 tokens of N = 5120.
     {GemmKind::kWgmma, 160, 1, 12, 1, 1, 5, 0.602f},
     {GemmKind::kWgmma, 176, 1, 8, 1, 1, 6, 0.435f},
     {GemmKind::kWgmma, 176, 1, 12, 1, 1, 5, 0.653f},
