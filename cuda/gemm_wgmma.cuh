@@ -73,28 +73,45 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
                                         : kWarpgroups == 4 || kTileM > 96 ? 32
                                                                           : 56;
 
+  // Three warps copy. Each makes the barriers of its own ring and asks for a first stage before it
+  // waits for the others: all of this is code that comes from far away, and takes as long as memory
+  // does. From there on one lane goes on alone.
+  __device__ static bool started() {
+    __syncwarp();
+    ptx::named_barrier_sync(Base::kRingsMade, 128);
+    ptx::named_barrier_arrive(Base::kStarted, kThreads);
+    return threadIdx.x % 32 == 0;
+  }
+
   __device__ static void copy_codes(const WgmmaArgs& args, const WgmmaMaps& maps,
                                     const Block& block) {
     Ring<kCodeStages> ring;
     const uint64_t leaves = ptx::cache_policy(ptx::Evict::kFirst);
     const uint64_t stays = ptx::cache_policy(ptx::Evict::kLast);
-    bool first = true;
+    const bool copies = threadIdx.x % 32 == 0;
+    make_ring(block.code_full, kCodeStages, kOneRing ? 2 : 1, 4 * kWarpgroups);
+    bool starts = true, first = true;
     for (Walk walk(args, block); !walk.done(); walk.next()) {
       const Tile tile(args, walk.tile);
       const int row = int(tile.expert_row) + tile.row;
+#pragma unroll 1
       for (int slab = walk.begin; slab < walk.end; slab += kSlabsOfCodes, ring.advance()) {
         ptx::barrier_wait(block.code_empty + 8 * ring.index, ring.parity ^ 1);
         const uint32_t full = block.code_full + 8 * ring.index;
-        ptx::barrier_arrive_expect(full, kCodeBytes);
-        // What L2 fetches with the beginnings of rows are also the ends of those before, which are
-        // asked for at the end of the tile.
-        const bool begins = slab == walk.begin, ends = slab + kSlabsOfCodes >= walk.end;
-        if (args.shares_pieces && begins)
-          ptx::tensor_load(block.codes(ring.index), &maps.w, slab * 32, row, full, stays);
-        else if (args.reads_once || (!kGrouped && args.shares_pieces && ends))
-          ptx::tensor_load(block.codes(ring.index), &maps.w, slab * 32, row, full, leaves);
-        else
-          ptx::tensor_load(block.codes(ring.index), &maps.w, slab * 32, row, full);
+        if (copies) {
+          ptx::barrier_arrive_expect(full, kCodeBytes);
+          // What L2 fetches with the beginnings of rows are also the ends of those before, which
+          // are asked for at the end of the tile.
+          const bool begins = slab == walk.begin, ends = slab + kSlabsOfCodes >= walk.end;
+          if (args.shares_pieces && begins)
+            ptx::tensor_load(block.codes(ring.index), &maps.w, slab * 32, row, full, stays);
+          else if (args.reads_once || (!kGrouped && args.shares_pieces && ends))
+            ptx::tensor_load(block.codes(ring.index), &maps.w, slab * 32, row, full, leaves);
+          else
+            ptx::tensor_load(block.codes(ring.index), &maps.w, slab * 32, row, full);
+        }
+        if (starts && !started()) return;
+        starts = false;
         // The scales and activations of the first slab would wait in memory's queues behind whole
         // rings of codes of all thread blocks. Neither barrier can be a phase further: that takes
         // codes of this tile that have not been asked for.
@@ -106,39 +123,57 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
       }
       first = false;
     }
+    if (starts) started();
   }
 
   __device__ static void copy_scales(const WgmmaArgs& args, const WgmmaMaps& maps,
                                      const Block& block) {
     Ring<kScaleStages> ring;
     const int scale_bytes = args.k / kBlockSize, group = args.scale_rows;
+    // Every lane frees scales: racecheck does not see that a lane may do it for its warp, and looks
+    // at plain bulk copies.
+    const bool copies = threadIdx.x % 32 == 0;
+    make_ring(block.scale_full, kScaleStages, 1, 128 * kWarpgroups);
+    bool starts = true;
     for (Walk walk(args, block); !walk.done(); walk.next()) {
       const Tile tile(args, walk.tile);
       const int row = int(tile.expert_row) + tile.row;
+#pragma unroll 1
       for (int slab = walk.begin; slab < walk.end; slab += args.scale_slabs, ring.advance()) {
         ptx::barrier_wait(block.scale_empty + 8 * ring.index, ring.parity ^ 1);
         const uint32_t full = block.scale_full + 8 * ring.index;
-        const uint32_t to = block.scales(ring.index);
-        const int rows = min(kTileN, args.n - tile.row);
-        const bool last = slab + args.scale_slabs >= walk.end;
-        const int bias = args.bias.data && last ? rows * size_of(args.bias.type) : 0;
-        if (group) {
-          ptx::barrier_arrive_expect(full, kTileN * kScaleBoxBytes + bias);
-          const int first_row = row >> (__ffs(group) - 1);
-          for (int i = 0; i < group; ++i)
-            ptx::tensor_load(to + i * (kTileN / group * kScaleBoxBytes), &maps.scales,
-                             first_scale(i * scale_bytes, slab) / 16 * 16, first_row, full);
-        } else {
-          ptx::barrier_arrive_expect(full, rows * scale_bytes + bias);
-          ptx::bulk_copy(to, args.scales + int64_t(row) * scale_bytes, rows * scale_bytes, full);
+        if (copies) {
+          const uint32_t to = block.scales(ring.index);
+          const int rows = min(kTileN, args.n - tile.row);
+          const bool last = slab + args.scale_slabs >= walk.end;
+          const int bias = args.bias.data && last ? rows * size_of(args.bias.type) : 0;
+          if (group) {
+            ptx::barrier_arrive_expect(full, kTileN * kScaleBoxBytes + bias);
+            const int first_row = row >> (__ffs(group) - 1);
+#pragma unroll 1
+            for (int i = 0; i < group; ++i)
+              ptx::tensor_load(to + i * (kTileN / group * kScaleBoxBytes), &maps.scales,
+                               first_scale(i * scale_bytes, slab) / 16 * 16, first_row, full);
+          } else {
+            // Rows that are not there have the scales of others: those that lay there before would
+            // mostly be some that take longer to decode.
+            ptx::barrier_arrive_expect(full, kTileN * scale_bytes + bias);
+#pragma unroll 1
+            for (int to_row = 0; to_row < kTileN; to_row += rows)
+              ptx::bulk_copy(to + to_row * scale_bytes, args.scales + int64_t(row) * scale_bytes,
+                             min(rows, kTileN - to_row) * scale_bytes, full);
+          }
+          if (bias)
+            ptx::bulk_copy(
+                block.bias(ring.index),
+                static_cast<const char*>(args.bias.data) + int64_t(row) * size_of(args.bias.type),
+                bias, full);
         }
-        if (bias)
-          ptx::bulk_copy(
-              block.bias(ring.index),
-              static_cast<const char*>(args.bias.data) + int64_t(row) * size_of(args.bias.type),
-              bias, full);
+        if (starts && !started()) return;
+        starts = false;
       }
     }
+    if (starts) started();
   }
 
   // Where the scales of a row from `slab` on begin, in a row of the tensor map.
@@ -148,6 +183,9 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
                                           const Block& block) {
     Ring<kXStages> ring;
     const uint64_t policy = ptx::cache_policy(ptx::Evict::kLast);
+    const bool copies = threadIdx.x % 32 == 0;
+    if (!kOneRing) make_ring(block.x_full, kXStages, 1, 4 * kWarpgroups);
+    bool starts = true;
     for (Walk walk(args, block); !walk.done(); walk.next()) {
       const Tile tile(args, walk.tile);
       // Asking for tokens that are not there takes longer than reading others (measured: up to 1.7
@@ -155,23 +193,30 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
       const bool is_last = !kGrouped && tile.token + kTileM > args.m;
       const CUtensorMap* x = is_last ? &maps.last_x : &maps.x;
       const int width = is_last ? args.last_tokens : tile.width();
+#pragma unroll 1
       for (int slab = walk.begin; slab < walk.end; slab += kSlabsOfX, ring.advance()) {
+        if (kOneRing && starts && !started()) return;
         ptx::barrier_wait(block.x_empty + 8 * ring.index, ring.parity ^ 1);
         const uint32_t full = block.x_full + 8 * ring.index;
-        ptx::barrier_arrive_expect(full, width * kSlabsOfX * 128);
+        if (copies) {
+          ptx::barrier_arrive_expect(full, width * kSlabsOfX * 128);
 #pragma unroll
-        for (int i = 0; i < kSlabsOfX; ++i) {
-          const uint32_t to = block.x(ring.index) + i * kSlabBytes;
-          const int k = (slab + i) * 64;
-          for (int token = 0; token < (kGrouped ? width : kTileM); token += kBoxTokens) {
-            if (args.reads_once)
-              ptx::tensor_load(to + token * 128, x, k, tile.token + token, full, policy);
-            else
-              ptx::tensor_load(to + token * 128, x, k, tile.token + token, full);
+          for (int i = 0; i < kSlabsOfX; ++i) {
+            const uint32_t to = block.x(ring.index) + i * kSlabBytes;
+            const int k = (slab + i) * 64;
+            for (int token = 0; token < (kGrouped ? width : kTileM); token += kBoxTokens) {
+              if (args.reads_once)
+                ptx::tensor_load(to + token * 128, x, k, tile.token + token, full, policy);
+              else
+                ptx::tensor_load(to + token * 128, x, k, tile.token + token, full);
+            }
           }
         }
+        if (!kOneRing && starts && !started()) return;
+        starts = false;
       }
     }
+    if (starts) started();
   }
 
   // For a warp, whose accesses so far are over.
@@ -433,48 +478,47 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
       compute(args, maps, block);
       return;
     }
+    ptx::release_registers<kCopyRegisters>();
     const int warp = thread / 32;
-    if (lane == 0) {
-      if (warp == 0) {
-        init_ring(block.code_full, kCodeStages, kOneRing ? 2 : 1, 4 * kWarpgroups);
+    if (warp == 0) {
+      copy_codes(args, maps, block);
+    } else if (warp == 1) {
+      copy_activations(args, maps, block);
+    } else if (warp == 2) {
+      copy_scales(args, maps, block);
+    } else {
+      if (lane == 0) {
         ptx::barrier_init(block.nothing, 4 * kWarpgroups);
-      } else if (warp == 1) {
-        if (!kOneRing) init_ring(block.x_full, kXStages, 1, 4 * kWarpgroups);
-      } else if (warp == 2) {
-        // Every lane frees scales: racecheck does not see that a lane may do it for its warp, and
-        // looks at plain bulk copies.
-        init_ring(block.scale_full, kScaleStages, 1, 128 * kWarpgroups);
-      } else if (args.split > 1) {
+        ptx::barrier_init_fence();
+      }
+      started();
+      if (lane == 0 && args.split > 1) {
+#pragma unroll 1
         for (int i = 0; i < Base::exchanged_groups(args, block.rank); ++i) {
           ptx::barrier_init(block.exchanged + 8 * i, 1);
           ptx::barrier_arrive_expect(block.exchanged + 8 * i, (args.split - 1) * Base::kSlotBytes);
         }
+        ptx::barrier_init_fence();
       }
-      ptx::barrier_init_fence();
+      __syncwarp();
+      if constexpr (kShared) Base::publish_part(Walk(args, block));
     }
-    __syncwarp();
-    ptx::named_barrier_sync(Base::kRingsMade, 128);
-    ptx::named_barrier_arrive(Base::kStarted, kThreads);
-    ptx::release_registers<kCopyRegisters>();
-    if (kShared && warp == 3)
-      Base::publish_part(Walk(args, block));
-    else if (lane == 0 && warp == 0)
-      copy_codes(args, maps, block);
-    else if (lane == 0 && warp == 1)
-      copy_activations(args, maps, block);
-    else if (lane == 0 && warp == 2)
-      copy_scales(args, maps, block);
     __syncwarp();
     if (args.split > 1) ptx::cluster_sync_relaxed();  // which counts every thread
   }
 
   // So many copy warps fill; so many arrivals of the computing warps empty. The empty barriers lie
   // behind the full ones.
-  __device__ static void init_ring(uint32_t full, int stages, int copies, int arrivals) {
-    for (int s = 0; s < stages; ++s) {
-      ptx::barrier_init(full + 8 * s, copies);
-      ptx::barrier_init(full + 8 * (stages + s), arrivals);
+  __device__ static void make_ring(uint32_t full, int stages, int copies, int arrivals) {
+    if (threadIdx.x % 32 == 0) {
+#pragma unroll 1
+      for (int s = 0; s < stages; ++s) {
+        ptx::barrier_init(full + 8 * s, copies);
+        ptx::barrier_init(full + 8 * (stages + s), arrivals);
+      }
+      ptx::barrier_init_fence();
     }
+    __syncwarp();
   }
 };
 
