@@ -73,9 +73,12 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
                                         : kWarpgroups == 4 || kTileM > 96 ? 32
                                                                           : 56;
 
-  // Three warps copy. Each makes the barriers of its own ring and asks for a first stage before it
-  // waits for the others: all of this is code that comes from far away, and takes as long as memory
-  // does. From there on one lane goes on alone.
+  // Three warps copy. Each makes the barriers of its own ring and, dense, asks for a first stage
+  // before it waits for the others: all of this is code that comes from far away, and takes as long
+  // as memory does. Grouped products have many tiles, and no registers to remember it in (4 %).
+  static constexpr bool kAsksFirst = !kGrouped;
+
+  // From here on one lane of a copy warp goes on alone.
   __device__ static bool started() {
     __syncwarp();
     ptx::named_barrier_sync(Base::kRingsMade, 128);
@@ -90,7 +93,8 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
     const uint64_t stays = ptx::cache_policy(ptx::Evict::kLast);
     const bool copies = threadIdx.x % 32 == 0;
     make_ring(block.code_full, kCodeStages, kOneRing ? 2 : 1, 4 * kWarpgroups);
-    bool starts = true, first = true;
+    bool starts = kAsksFirst, first = true;
+    if (!starts && !started()) return;
     for (Walk walk(args, block); !walk.done(); walk.next()) {
       const Tile tile(args, walk.tile);
       const int row = int(tile.expert_row) + tile.row;
@@ -134,7 +138,8 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
     // at plain bulk copies.
     const bool copies = threadIdx.x % 32 == 0;
     make_ring(block.scale_full, kScaleStages, 1, 128 * kWarpgroups);
-    bool starts = true;
+    bool starts = kAsksFirst;
+    if (!starts && !started()) return;
     for (Walk walk(args, block); !walk.done(); walk.next()) {
       const Tile tile(args, walk.tile);
       const int row = int(tile.expert_row) + tile.row;
@@ -185,7 +190,8 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
     const uint64_t policy = ptx::cache_policy(ptx::Evict::kLast);
     const bool copies = threadIdx.x % 32 == 0;
     if (!kOneRing) make_ring(block.x_full, kXStages, 1, 4 * kWarpgroups);
-    bool starts = true;
+    bool starts = kAsksFirst;
+    if (!starts && !started()) return;
     for (Walk walk(args, block); !walk.done(); walk.next()) {
       const Tile tile(args, walk.tile);
       // Asking for tokens that are not there takes longer than reading others (measured: up to 1.7
