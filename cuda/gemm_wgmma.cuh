@@ -74,8 +74,9 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
                                                                           : 56;
 
   // Three warps copy. Each makes the barriers of its own ring and, dense, asks for a first stage
-  // before it waits for the others: all of this is code that comes from far away, and takes as long
-  // as memory does. Grouped products have many tiles, and no registers to remember it in (4 %).
+  // before it waits for the others (activations that share the ring of the codes wait for that
+  // first): all of this is code that comes from far away, and takes as long as memory does. Grouped
+  // products have many tiles, and no registers to remember it in (4 %).
   static constexpr bool kAsksFirst = !kGrouped;
 
   // From here on one lane of a copy warp goes on alone.
@@ -498,6 +499,7 @@ struct WgmmaGemm : WgmmaEpilogue<kConfig, kEpilogue, kShared> {
         ptx::barrier_init_fence();
       }
       started();
+      // Nobody needs these before the thread blocks of the cluster meet.
       if (lane == 0 && args.split > 1) {
 #pragma unroll 1
         for (int i = 0; i < Base::exchanged_groups(args, block.rank); ++i) {
